@@ -1,0 +1,22 @@
+"""mmvig's nodes in mmengine's registry tree.
+
+Each node is a child of mmengine's root with scope ``mmvig``, so a config may say ``type='mmvig.ViGH'``
+under any default scope and needs no ``custom_imports``: mmengine imports ``mmvig.registry`` when it
+meets the scope, and the node imports its ``locations`` on first use.
+"""
+
+try:
+    from mmengine import registry as _root
+except ImportError as error:
+    raise ImportError(
+        'mmvig needs mmengine, which is not installed: run `pip install "mmvig[openmmlab]"` '
+        '(the maintained onedl packages) or install the OpenMMLab line that you already use.'
+    ) from error
+
+MODELS = _root.Registry(
+    'model', parent=_root.MODELS, scope='mmvig', locations=['mmvig.backbones']
+)
+DATASETS = _root.Registry(
+    'dataset', parent=_root.DATASETS, scope='mmvig', locations=['mmvig.datasets']
+)
+HOOKS = _root.Registry('hook', parent=_root.HOOKS, scope='mmvig', locations=['mmvig.engine'])
