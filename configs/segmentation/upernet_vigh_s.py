@@ -1,0 +1,3 @@
+_base_ = ['./upernet_vigh_t.py']
+
+model = dict(backbone=dict(arch='small', drop_path_rate=0.3))
