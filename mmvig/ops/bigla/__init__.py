@@ -1,7 +1,7 @@
 """Bidirectional gated linear attention (BiGLA), the token mixer's operator in ViG.
 
 Source: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
-AAAI 2025 (arXiv 2405.18425), section 3.
+AAAI 2025 (arXiv 2405.18425), bidirectional gated linear attention.
 """
 
 import math

@@ -45,8 +45,8 @@ def _forward(
         k_c = _split(k.to(compute_dtype))
         v_c = _split(v.to(compute_dtype)).transpose(-1, -2)  # [B, n, H, C, V]
         # Padding has log decay 0 and k = v = 0: it changes no state.
-        la = _split(F.logsigmoid(g_fwd.to(compute_dtype)) / normalizer)
-        lb = _split(F.logsigmoid(g_bwd.to(compute_dtype)) / normalizer)
+        la = _split(F.logsigmoid(g_fwd.to(compute_dtype)) / normalizer).contiguous()
+        lb = _split(F.logsigmoid(g_bwd.to(compute_dtype)) / normalizer).contiguous()
 
         o = _within_chunk(q_c, k_c, la, lb) @ v_c  # [B, n, H, C, V]
         o = o + _from_other_chunks(q_c, k_c, v_c, la, reverse=False)
@@ -64,6 +64,11 @@ def _split(x: Tensor) -> Tensor:
     return x.unflatten(1, (num_chunks, CHUNK)).permute(0, 1, 3, 4, 2)
 
 
+def _sum_where(mask: Tensor, x: Tensor) -> Tensor:
+    """Sums of ``x [..., C]`` over subsets of C: ``mask [C, ...]`` -> ``[..., prod(...)]``."""
+    return F.linear(x, mask.flatten(1).T.to(x.dtype))
+
+
 def _within_chunk(q: Tensor, k: Tensor, la: Tensor, lb: Tensor) -> Tensor:
     """A[t, s] = q_t . (decay(t, s) * k_s) for all pairs of a chunk, both directions in one matrix.
 
@@ -75,10 +80,9 @@ def _within_chunk(q: Tensor, k: Tensor, la: Tensor, lb: Tensor) -> Tensor:
     """
     i = torch.arange(CHUNK, device=q.device)
     j, t, s = i[:, None, None], i[:, None], i
-    gates_fwd = ((s < j) & (j <= t)).to(q.dtype).flatten(1)  # [C, C * C]: gates that s -> t passes
-    gates_bwd = ((t <= j) & (j < s)).to(q.dtype).flatten(1)
+    log_decay = _sum_where((s < j) & (j <= t), la) + _sum_where((t <= j) & (j < s), lb)
+    decay = log_decay.exp().unflatten(-1, (CHUNK, CHUNK))
     twice = torch.eye(CHUNK, dtype=q.dtype, device=q.device) + 1
-    decay = (la @ gates_fwd + lb @ gates_bwd).exp().unflatten(-1, (CHUNK, CHUNK))
     return (q[..., :, None] * decay * k[..., None, :]).sum(-3) * twice
 
 
@@ -95,8 +99,8 @@ def _from_other_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rever
     i = torch.arange(CHUNK, device=q.device)
     if reverse:
         i = CHUNK - 1 - i
-    upto = log_decay @ (i[:, None] <= i).to(q.dtype)  # gates between the chunk's entry and a token
-    after = log_decay @ (i[:, None] > i).to(q.dtype)  # gates between a token and the chunk's exit
+    upto = _sum_where(i[:, None] <= i, log_decay)  # gates between the chunk's entry and a token
+    after = _sum_where(i[:, None] > i, log_decay)  # gates between a token and the chunk's exit
     update = (k * after.exp()) @ v  # [B, n, H, K, V]
     state = _exclusive_scan(log_decay.sum(-1), update, reverse, _num_levels(q.shape[1]))
     return (q * upto.exp()).transpose(-1, -2) @ state
@@ -130,7 +134,7 @@ def _exclusive_scan(log_decay: Tensor, update: Tensor, reverse: bool, levels: in
     num_groups = (num_chunks + size - 1) // size
     pad = num_groups * size - num_chunks
     d = F.pad(log_decay, (0, 0, 0, 0, 0, pad)).unflatten(1, (num_groups, size))
-    d = d.permute(0, 1, 3, 4, 2)  # [B, m, H, K, G]
+    d = d.permute(0, 1, 3, 4, 2).contiguous()  # [B, m, H, K, G]
     u = F.pad(update, (0, 0, 0, 0, 0, 0, 0, pad)).unflatten(1, (num_groups, size))
     u = u.permute(0, 1, 3, 4, 2, 5)  # [B, m, H, K, G, V]
 
@@ -138,11 +142,11 @@ def _exclusive_scan(log_decay: Tensor, update: Tensor, reverse: bool, levels: in
     if reverse:
         i = size - 1 - i
     j, t, s = i[:, None, None], i[:, None], i
-    between = ((s < j) & (j < t)).to(d.dtype).flatten(1)  # [G, G * G]
-    decay = (d @ between).exp().unflatten(-1, (size, size)) * (s < t)
+    between = _sum_where((s < j) & (j < t), d)  # [B, m, H, K, G * G]
+    decay = between.exp().unflatten(-1, (size, size)) * (s < t)
     state = decay @ u  # [B, m, H, K, G, V]
     if levels > 1:
-        group_update = (d @ (i[:, None] > i).to(d.dtype)).exp()[..., None, :] @ u
+        group_update = _sum_where(i[:, None] > i, d).exp()[..., None, :] @ u
         carry = _exclusive_scan(d.sum(-1), group_update.squeeze(-2), reverse, levels - 1)
-        state = state + (d @ (i[:, None] < i).to(d.dtype)).exp()[..., None] * carry[..., None, :]
+        state = state + _sum_where(i[:, None] < i, d).exp()[..., None] * carry[..., None, :]
     return state.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)[:, :num_chunks]

@@ -8,7 +8,7 @@ from torch import Tensor
 def bigla_reference(
     q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_bwd: Tensor, scale: float, normalizer: float
 ) -> Tensor:
-    """Walk the tokens once in each direction (paper, section 3.2).
+    """Walk the tokens once in each direction.
 
     Arguments and result are those of :func:`mmvig.ops.bigla.bigla`, already validated. Computes in
     float32, or in float64 if ``v`` is float64.

@@ -1,0 +1,70 @@
+"""The gated token mixer of ViG: short (3x3) and long (BiGLA) context, mixed by a learned gate."""
+
+import torch
+from torch import Tensor, nn
+
+from mmvig.ops.bigla import bigla, check_backend
+
+# Width of the low-rank step that makes the decay gates' logits.
+GATE_RANK = 16
+
+
+class GatedTokenMixer(nn.Module):
+    """Token mixer with 2D gated locality injection (arXiv 2405.18425)::
+
+        u = DWConv3x3(x)                q, k, v = split(W_qkv u)       g_f, g_b = split(W_g2 W_g1 u + b)
+        o = BiGLA(q, k, v, g_f, g_b)    g = sigmoid(W_r u + b_r)
+        out = W_o (g * RMSNorm(o) + (1 - g) * RMSNorm(u))
+
+    Tokens are in raster order. Both norms are per head, with one weight shared by the heads.
+
+    Args:
+        channels: width C of the input and the output.
+        num_heads: heads H; keys are C / 2H wide, values C / H.
+        backend: BiGLA backend, see :func:`mmvig.ops.bigla.bigla`. Default: 'auto'.
+
+    Raises:
+        ValueError: C is no multiple of 2H, or the backend is unknown.
+    """
+
+    def __init__(self, channels: int, num_heads: int, backend: str = 'auto'):
+        super().__init__()
+        if channels % (2 * num_heads):
+            raise ValueError(
+                f'channels must be a multiple of 2 * num_heads, got {channels} and {num_heads}'
+            )
+        check_backend(backend)
+        self.num_heads = num_heads
+        self.backend = backend
+        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.qkv = nn.Linear(channels, 2 * channels, bias=False)
+        self.decay_down = nn.Linear(channels, GATE_RANK, bias=False)
+        self.decay_up = nn.Linear(GATE_RANK, channels)
+        self.mix_gate = nn.Linear(channels, channels)
+        self.norm_long = nn.RMSNorm(channels // num_heads, eps=1e-6)
+        self.norm_short = nn.RMSNorm(channels // num_heads, eps=1e-6)
+        self.out = nn.Linear(channels, channels, bias=False)
+        nn.init.xavier_uniform_(self.dwconv.weight, gain=2**-2.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens: ``[B, H, W, C]`` -> ``[B, H, W, C]``."""
+        channels = x.shape[-1]
+        u = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last in memory
+        tokens = u.flatten(1, 2)  # [B, N, C]
+        q, k, v = self.qkv(tokens).split([channels // 2, channels // 2, channels], dim=-1)
+        g_fwd, g_bwd = self.decay_up(self.decay_down(tokens)).chunk(2, dim=-1)
+        o = bigla(*map(self._heads, (q, k, v, g_fwd, g_bwd)), backend=self.backend)
+
+        gate = self._heads(self.mix_gate(tokens).sigmoid())
+        long = self._norm(self.norm_long, o)
+        short = self._norm(self.norm_short, self._heads(tokens))
+        return self.out(torch.lerp(short, long, gate.to(long.dtype)).reshape(x.shape))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, heads, D / heads]."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    @staticmethod
+    def _norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+        # In the weight's dtype: under autocast x is half, and RMSNorm has no autocast rule everywhere.
+        return norm(x.to(norm.weight.dtype))

@@ -1,0 +1,337 @@
+"""ViG-H, the hierarchical vision backbone of linear complexity.
+
+Source: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
+AAAI 2025 (arXiv 2405.18425).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule, PretrainedInit
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmvig import checkpoints
+from mmvig.backbones.mixer import GatedTokenMixer
+from mmvig.registry import MODELS
+
+ARCHS = {
+    'tiny': {'embed_dims': 96, 'depths': [2, 2, 5, 2], 'num_heads': [3, 6, 12, 24]},
+    'small': {'embed_dims': 96, 'depths': [2, 2, 17, 2], 'num_heads': [3, 6, 12, 24]},
+    'base': {'embed_dims': 128, 'depths': [2, 2, 17, 2], 'num_heads': [4, 8, 16, 32]},
+}
+DROP_PATH_RATES = {'tiny': 0.2, 'small': 0.3, 'base': 0.6}
+
+
+class ConvNorm(nn.Module):
+    """3x3 convolution of stride 2, then LayerNorm over channels: halves each side, rounded up."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C_in] -> [B, ceil(H / 2), ceil(W / 2), C_out]."""
+        x = self.conv(x.permute(0, 3, 1, 2))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class Stem(nn.Module):
+    """Two ConvNorm with GELU between them: image to tokens of stride 4."""
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        self.down1 = ConvNorm(in_channels, channels // 2)
+        self.down2 = ConvNorm(channels // 2, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C_in] -> [B, ceil(H / 4), ceil(W / 4), C]."""
+        return self.down2(F.gelu(self.down1(x)))
+
+
+class SwiGLU(nn.Module):
+    """W_2 (silu(a) * b) with a, b = split(W_1 x): the channel mixer, hidden width about 8C / 3."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        hidden = 32 * -(-int(8 * channels / 3) // 32)
+        self.fc1 = nn.Linear(channels, 2 * hidden, bias=False)
+        self.fc2 = nn.Linear(hidden, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        a, b = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(a) * b)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zero a sample's residual branch with probability ``rate``."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ...] -> [B, ...], scaled by 1 / (1 - rate) where kept."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = x.new_empty(x.shape[:1] + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep.div_(1 - self.rate)
+
+    def extra_repr(self) -> str:
+        """Show the rate in ``print(model)``."""
+        return f'rate={self.rate:.3f}'
+
+
+class Block(nn.Module):
+    """x + DropPath(mixer(LN(x))), then x + DropPath(SwiGLU(LN(x)))."""
+
+    def __init__(self, channels: int, num_heads: int, drop_path: float, backend: str):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.mixer = GatedTokenMixer(channels, num_heads, backend)
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = SwiGLU(channels)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Blocks at one resolution, and the step down to the next one."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        drop_paths: Sequence[float],
+        downsample: bool,
+        with_cp: bool,
+        backend: str,
+    ):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(channels, num_heads, drop_path, backend) for drop_path in drop_paths
+        )
+        self.downsample = ConvNorm(channels, 2 * channels) if downsample else None
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]; the downsample is applied by the backbone, after its norm."""
+        for block in self.blocks:
+            if self.with_cp and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+@MODELS.register_module()
+class ViGH(BaseModule):
+    """ViG-H backbone: a tuple of feature maps at strides 4, 8, 16, 32.
+
+    Stages without an output at or after them are not built, so every parameter gets a gradient.
+    Any image side >= 1 works: a stride-2 step turns n into ceil(n / 2).
+
+    Args:
+        arch: 'tiny', 'small', 'base', or a dict with ``embed_dims`` (width of the first stage, doubled at
+            each further one), ``depths`` and ``num_heads`` (one entry a stage; a stage's width must be a
+            multiple of twice its heads). Default: 'tiny'.
+        in_channels: channels of the image. Default: 3.
+        out_indices: stages whose normalised maps are returned, lowest first. Default: (0, 1, 2, 3).
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first. None:
+            the published 0.2 / 0.3 / 0.6 for tiny / small / base, 0 for a dict. Default: None.
+        frozen_stages: -1 freezes nothing, 0 the stem, i > 0 also the first i stages with their output
+            norms and downsamples (no gradient, evaluation mode). Default: -1.
+        with_cp: recompute each block in the backward pass to save memory. Default: False.
+        backend: BiGLA backend, see :func:`mmvig.ops.bigla.bigla`. Default: 'auto'.
+        init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
+            classification and backbone files and our own, strictly (:mod:`mmvig.checkpoints`); an optional
+            ``prefix`` picks a submodule's keys. Default: None, the published initialisation.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+        >>> maps = ViGH('tiny')(torch.rand(1, 3, 800, 1216))
+        >>> [tuple(x.shape[1:]) for x in maps]
+        [(96, 200, 304), (192, 100, 152), (384, 50, 76), (768, 25, 38)]
+    """
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        in_channels: int = 3,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_path_rate: float | None = None,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        backend: str = 'auto',
+        init_cfg: dict | list[dict] | None = None,
+    ):
+        super().__init__(init_cfg=init_cfg)
+        embed_dims, depths, num_heads = _parse_arch(arch)
+        if drop_path_rate is None:
+            drop_path_rate = DROP_PATH_RATES[arch] if isinstance(arch, str) else 0.0
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
+        self.in_channels = in_channels
+        self.depths = tuple(depths)
+        self.out_indices = _parse_out_indices(out_indices, len(depths))
+        num_stages = max(self.out_indices) + 1
+        if not -1 <= frozen_stages <= num_stages:
+            raise ValueError(f'frozen_stages must be in -1..{num_stages}, got {frozen_stages}')
+        self.frozen_stages = frozen_stages
+        self.num_features = [embed_dims * 2**i for i in range(num_stages)]
+
+        self.stem = Stem(in_channels, embed_dims)
+        drop_paths = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        self.stages = nn.ModuleList()
+        for i, channels in enumerate(self.num_features):
+            first = sum(depths[:i])
+            self.stages.append(
+                Stage(
+                    channels,
+                    num_heads[i],
+                    drop_paths[first : first + depths[i]],
+                    downsample=i + 1 < num_stages,
+                    with_cp=with_cp,
+                    backend=backend,
+                )
+            )
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
+
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self._freeze()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the feature maps.
+
+        Args:
+            x: images ``[B, in_channels, H, W]``.
+
+        Returns:
+            One contiguous ``[B, C_i, ceil(H / s_i), ceil(W / s_i)]`` per output, strides s_i = 4 * 2^i.
+
+        Raises:
+            ValueError: x is not a batch of images with ``in_channels`` channels.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
+            raise ValueError(
+                f'images must be [B, {self.in_channels}, H, W] with H, W >= 1, got {list(x.shape)}'
+            )
+        # Channels-last from here on: a permuted view of memory laid out as [B, H, W, C].
+        x = self.stem(x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
+        maps = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            if i in self.out_indices:
+                maps.append(getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).contiguous())
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return tuple(maps)
+
+    def train(self, mode: bool = True) -> 'ViGH':
+        """Set the training mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen = [self.stem]
+        for i in range(self.frozen_stages):
+            frozen.append(self.stages[i])
+            if i in self.out_indices:
+                frozen.append(getattr(self, f'norm{i}'))
+        for module in frozen:
+            module.eval().requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Apply ``init_cfg``; a 'Pretrained' entry is loaded last and strictly.
+
+        Raises:
+            FileNotFoundError: the checkpoint does not exist.
+            RuntimeError: its keys or shapes do not match this backbone.
+        """
+        cfgs = self.init_cfg or []
+        cfgs = [cfgs] if isinstance(cfgs, dict) else cfgs
+        pretrained = [cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
+        self.init_cfg, original = [cfg for cfg in cfgs if cfg not in pretrained], self.init_cfg
+        super().init_weights()
+        self.init_cfg = original
+        for cfg in pretrained:
+            options = {key: value for key, value in cfg.items() if key != 'type'}
+            self.load_state_dict(checkpoints.read(**options))
+
+    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
+        """Load official or our own names, also when wrapped as a checkpoint file holds them."""
+        return super().load_state_dict(checkpoints.unwrap(state_dict), strict, assign)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *args) -> None:
+        # Reached on every way to load, also as a part of a detector and through mmengine.
+        checkpoints.adapt(self, state_dict, prefix, strict)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter for layer-wise learning-rate decay.
+
+        Args:
+            param_name: full name of the parameter.
+            prefix: what to strip from it, such as 'backbone.'. Default: ''.
+
+        Returns:
+            (depth, number of layers): 0 for the stem, 1.. for the blocks in order (a downsample counts
+            with the block before it), the last for output norms and everything outside the backbone.
+        """
+        depths = [len(stage.blocks) for stage in self.stages]
+        num_layers = sum(depths) + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        parts = param_name[len(prefix) :].split('.')
+        if parts[0] == 'stem':
+            return 0, num_layers
+        if parts[0] != 'stages':
+            return num_layers - 1, num_layers
+        stage = int(parts[1])
+        block = int(parts[3]) if parts[2] == 'blocks' else depths[stage] - 1
+        return 1 + sum(depths[:stage]) + block, num_layers
+
+
+def _parse_arch(arch: str | dict) -> tuple[int, Sequence[int], Sequence[int]]:
+    """(embed_dims, depths, num_heads) of a name or a dict, checked."""
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise ValueError(f'arch must be one of {list(ARCHS)} or a dict, got {arch!r}')
+        arch = ARCHS[arch]
+    keys = set(ARCHS['tiny'])
+    if set(arch) != keys:
+        raise ValueError(f'arch as a dict must have the keys {sorted(keys)}, got {sorted(arch)}')
+    embed_dims, depths, num_heads = arch['embed_dims'], arch['depths'], arch['num_heads']
+    if not depths or len(depths) != len(num_heads):
+        raise ValueError(
+            f'arch must give as many depths as num_heads, at least one, got {depths} and {num_heads}'
+        )
+    if embed_dims % 2 or min(embed_dims, *depths, *num_heads) < 1:
+        raise ValueError(f'arch needs an even embed_dims and positive entries, got {dict(arch)}')
+    return embed_dims, depths, num_heads
+
+
+def _parse_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:
+    out_indices = tuple(sorted(out_indices))
+    if not out_indices or len(set(out_indices)) != len(out_indices):
+        raise ValueError(f'out_indices must name at least one stage, each once, got {out_indices}')
+    if not all(0 <= i < num_stages for i in out_indices):
+        raise ValueError(f'out_indices must be in 0..{num_stages - 1}, got {out_indices}')
+    return out_indices

@@ -1,0 +1,200 @@
+"""Official ViG-H checkpoints and ours: names, reading files, strict matching.
+
+A backbone takes three kinds of state dict, told apart by their names: the official classification model
+(``patch_embed.*, layers.*, classifier.*``), the official backbone (``outnorm{i}`` for the classifier) and
+our own (``stem.*, stages.*, norm{i}``).
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.dist import barrier, get_local_rank
+from mmengine.logging import HistoryBuffer, print_log
+from torch import Tensor, nn
+
+OFFICIAL_TO_OURS = {
+    'patch_embed.0': 'stem.down1.conv',
+    'patch_embed.2': 'stem.down1.norm',
+    'patch_embed.5': 'stem.down2.conv',
+    'patch_embed.7': 'stem.down2.norm',
+    'layers.#.blocks.#.norm': 'stages.#.blocks.#.norm1',
+    'layers.#.blocks.#.op.in_proj.0': 'stages.#.blocks.#.mixer.dwconv',
+    'layers.#.blocks.#.op.qkv_proj': 'stages.#.blocks.#.mixer.qkv',
+    'layers.#.blocks.#.op.gk_proj.0': 'stages.#.blocks.#.mixer.decay_down',
+    'layers.#.blocks.#.op.gk_proj.1': 'stages.#.blocks.#.mixer.decay_up',
+    'layers.#.blocks.#.op.g_proj': 'stages.#.blocks.#.mixer.mix_gate',
+    'layers.#.blocks.#.op.g_norm': 'stages.#.blocks.#.mixer.norm_long',
+    'layers.#.blocks.#.op.l_norm': 'stages.#.blocks.#.mixer.norm_short',
+    'layers.#.blocks.#.op.o_proj': 'stages.#.blocks.#.mixer.out',
+    'layers.#.blocks.#.norm2': 'stages.#.blocks.#.norm2',
+    'layers.#.blocks.#.mlp.fc1': 'stages.#.blocks.#.mlp.fc1',
+    'layers.#.blocks.#.mlp.fc2': 'stages.#.blocks.#.mlp.fc2',
+    'layers.#.downsample.1': 'stages.#.downsample.conv',
+    'layers.#.downsample.3': 'stages.#.downsample.norm',
+    'outnorm#': 'norm#',
+}
+# Where a checkpoint file may hold its state dict, in this order.
+CONTAINERS = ('state_dict', 'model', 'model_ema')
+
+
+def our_name(official: str) -> str:
+    """Our name of an official parameter; a name that is not official comes back unchanged."""
+    module, _, leaf = official.rpartition('.')
+    numbers = iter(re.findall(r'(?<=^layers\.)\d+|(?<=\.blocks\.)\d+|(?<=^outnorm)\d+', module))
+    pattern = re.sub(r'(?<=^layers\.)\d+|(?<=\.blocks\.)\d+|(?<=^outnorm)\d+', '#', module)
+    if pattern not in OFFICIAL_TO_OURS:
+        return official
+    ours = re.sub('#', lambda _: next(numbers), OFFICIAL_TO_OURS[pattern])
+    return f'{ours}.{leaf}'
+
+
+def read(checkpoint: str, prefix: str | None = None, map_location: str = 'cpu') -> dict:
+    """Read a checkpoint file without running code from it (``weights_only=True``).
+
+    Args:
+        checkpoint: a path, or an http(s) URL, which is downloaded to torch's hub folder once.
+        prefix: keep only the keys with this prefix, without it, such as 'backbone.'. Default: None.
+        map_location: device of the tensors. Default: 'cpu'.
+
+    Returns:
+        The state dict, unwrapped (see :func:`unwrap`).
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        RuntimeError: the file is no checkpoint of tensors, or no key has the prefix.
+    """
+    # mmengine's training checkpoints hold its message hub, whose buffers are numpy arrays.
+    torch.serialization.add_safe_globals([HistoryBuffer, *_numpy_globals()])
+    path = _local_path(checkpoint)
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        raise RuntimeError(f'{path} cannot be read as a checkpoint of tensors: {error}') from error
+    if not isinstance(content, Mapping):
+        raise RuntimeError(f'{path} must hold a state dict, got {type(content).__name__}')
+    if prefix is None:
+        return unwrap(content)
+    state_dict = {
+        key.removeprefix(prefix): value
+        for key, value in _contained(content).items()
+        if key.startswith(prefix)
+    }
+    if not state_dict:
+        raise RuntimeError(f'{path} has no key with the prefix {prefix!r}')
+    return state_dict
+
+
+def unwrap(content: Mapping) -> Mapping:
+    """The backbone's state dict in what a checkpoint file holds.
+
+    Looks inside ``state_dict``, ``model`` or ``model_ema``, strips ``module.`` (DDP) and, if the keys are
+    those of a whole detector, segmentor or classifier, takes its ``backbone.`` part.
+    """
+    state_dict = _contained(content)
+    backbone = {
+        key.removeprefix('backbone.'): value
+        for key, value in state_dict.items()
+        if key.startswith('backbone.')
+    }
+    return backbone or state_dict
+
+
+def _contained(content: Mapping) -> Mapping:
+    for name in CONTAINERS:
+        if isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    if content and all(key.startswith('module.') for key in content):
+        content = {key.removeprefix('module.'): value for key, value in content.items()}
+    return content
+
+
+def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool) -> None:
+    """Turn a backbone's part of a state dict into exactly its own keys, in place.
+
+    Official names become ours. The classifier is dropped, or, where the last stage is the only output,
+    its norm becomes that output's norm. Output norms that either side lacks are dropped or keep
+    their present values, and so are stages that ``out_indices`` left unbuilt.
+
+    Args:
+        backbone: a :class:`mmvig.backbones.ViGH`.
+        state_dict: the state dict being loaded, possibly of a larger model.
+        prefix: the backbone's prefix in it.
+        strict: whether anything else that does not match is an error.
+
+    Raises:
+        RuntimeError: missing, unexpected or mis-shaped keys, all of them listed.
+    """
+    incoming = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    incoming = {our_name(key[len(prefix) :]): value for key, value in incoming.items()}
+    own = backbone.state_dict()
+    last = len(backbone.depths) - 1
+    for leaf in ('weight', 'bias'):
+        norm = incoming.pop(f'classifier.norm.{leaf}', None)
+        incoming.pop(f'classifier.head.{leaf}', None)
+        if norm is not None and backbone.out_indices == (last,):
+            incoming[f'norm{last}.{leaf}'] = norm
+
+    dropped = [key for key in incoming if key not in own and _is_unbuilt(backbone, key)]
+    for key in dropped:
+        del incoming[key]
+    kept = [
+        f'norm{i}' for i in backbone.out_indices if not {f'norm{i}.weight', f'norm{i}.bias'} & {*incoming}
+    ]
+    for name in kept if incoming else ():
+        incoming.update({f'{name}.{leaf}': own[f'{name}.{leaf}'] for leaf in ('weight', 'bias')})
+    if strict:
+        _check(backbone, own, incoming)
+    if kept:
+        print_log(f'{", ".join(kept)}: not in the checkpoint, initial values kept', logger='current')
+    state_dict.update({prefix + key: value for key, value in incoming.items()})
+
+
+def _is_unbuilt(backbone: nn.Module, key: str) -> bool:
+    """Whether a backbone of the same arch with all outputs has this key's norm, stage or downsample."""
+    match = re.match(r'(norm|stages\.)(\d+)\.(downsample\.)?', key)
+    if not match or int(match[2]) >= len(backbone.depths):
+        return False
+    built = len(backbone.stages)
+    stage = int(match[2])
+    return match[1] == 'norm' or stage >= built or (stage == built - 1 and match[3] is not None)
+
+
+def _check(backbone: nn.Module, own: Mapping[str, Tensor], incoming: Mapping[str, Tensor]) -> None:
+    problems = [f'missing: {key}' for key in own if key not in incoming]
+    problems += [f'unexpected: {key}' for key in incoming if key not in own]
+    problems += [
+        f'shape of {key}: {list(incoming[key].shape)}, expected {list(own[key].shape)}'
+        for key in own
+        if key in incoming and incoming[key].shape != own[key].shape
+    ]
+    if problems:
+        name = type(backbone).__name__
+        raise RuntimeError(
+            f'the checkpoint does not fit this {name} (depths {list(backbone.depths)}, width '
+            f'{backbone.num_features[0]}); is it of another arch?\n  ' + '\n  '.join(problems)
+        )
+
+
+def _local_path(checkpoint: str) -> Path:
+    if checkpoint.startswith(('http://', 'https://')):
+        path = Path(torch.hub.get_dir(), 'checkpoints', checkpoint.rpartition('/')[2])
+        if get_local_rank() == 0 and not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(checkpoint, str(path))
+        barrier()
+        return path
+    path = Path(checkpoint).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f'checkpoint {path} does not exist (looked in {Path.cwd()})')
+    return path
+
+
+def _numpy_globals() -> list:
+    """What numpy's pickled arrays and scalars are made of."""
+    core = getattr(np, '_core', None) or np.core  # numpy < 2 has no _core
+    dtypes = [type(np.dtype(name)) for name in ('float32', 'float64', 'int32', 'int64', 'uint32')]
+    return [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *dtypes]
