@@ -1,0 +1,70 @@
+"""The few lines that other packages' versions force on us, each with its reason and when it can go.
+
+`import mmvig.compat` before anything that imports ``mmcv.ops``, and so before mmdet and mmseg. Each
+part does nothing where its trouble is absent.
+"""
+
+import importlib.util
+import logging
+import sys
+from importlib.machinery import PathFinder
+from pickle import UnpicklingError
+
+logger = logging.getLogger(__name__)
+
+
+def _stand_in_for_mmcv_ext() -> None:
+    """Let ``mmcv.ops`` be imported, and its NMS and RoIAlign run, without compiled operators.
+
+    Why: mmcv's wheels for current PyTorch versions hold no compiled operators, and without them
+    `import mmcv.ops` fails. Can go when mmcv ships them for every PyTorch that we support.
+    """
+    mmcv = importlib.util.find_spec('mmcv')
+    if mmcv is None or 'mmcv._ext' in sys.modules:
+        return
+    # Looked up in mmcv's folder, since find_spec('mmcv._ext') would import all of mmcv.
+    if PathFinder.find_spec('mmcv._ext', mmcv.submodule_search_locations) is not None:
+        return
+    from mmvig.compat import mmcv_ext
+
+    sys.modules['mmcv._ext'] = mmcv_ext
+    logger.info(
+        'mmcv has no compiled operators here: nms and roi_align run through torchvision, '
+        'every other mmcv operator raises an error when it is called.'
+    )
+
+
+def _let_torch_load_mmengine_checkpoints() -> None:
+    """Let ``torch.load`` read what mmengine puts into its checkpoints beside tensors.
+
+    Why: from PyTorch 2.6 on, ``torch.load`` refuses types that it was not told of, and upstream's
+    mmengine (up to 0.10.7) tells it of none: it can neither resume from nor test its own
+    checkpoints. The onedl line does, and is left alone. Can go when upstream does too.
+    """
+    if importlib.util.find_spec('mmengine') is None:
+        return
+    import numpy as np
+    import torch
+    from mmengine.logging import HistoryBuffer
+    from mmengine.runner import checkpoint
+    from mmengine.utils import digit_version
+
+    if digit_version(torch.__version__) < digit_version('2.6') or hasattr(
+        checkpoint, 'get_torch_safe_globals'
+    ):
+        return
+
+    def get_method(owner: type, name: str):
+        # HistoryBuffer pickles its methods through getattr, which is safe for no other owner.
+        if owner is not HistoryBuffer:
+            raise UnpicklingError(f'a checkpoint may not ask for {name!r} of {owner!r}')
+        return getattr(owner, name)
+
+    multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
+    dtypes = [type(np.dtype(name)) for name in ('float32', 'float64', 'int32', 'int64')]
+    arrays = [np.ndarray, np.dtype, *dtypes, multiarray._reconstruct, multiarray.scalar]
+    torch.serialization.add_safe_globals([HistoryBuffer, (get_method, 'builtins.getattr'), *arrays])
+
+
+_stand_in_for_mmcv_ext()
+_let_torch_load_mmengine_checkpoints()
