@@ -4,7 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
+# -qq: errors only.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 
 # One thread per worker: two workers fill the two cores that the suite is meant for.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
