@@ -1,0 +1,176 @@
+"""What the programs in ``tools/`` share: arguments, reading the config, errors of one line."""
+
+import difflib
+import inspect
+import logging
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from mmvig.engine.preflight import SetupError
+
+# Top-level config keys that mmengine's Runner reads beside its own arguments.
+_RUNNER_KEYS = {
+    *inspect.signature(Runner.__init__).parameters,
+    *('activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'find_unused_parameters'),
+    *('model_wrapper_cfg', 'sync_bn', 'tta_model', 'tta_pipeline'),
+}
+
+
+class _CfgOptions(DictAction):
+    """mmengine's DictAction with an error of one line for what is no KEY=VALUE."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (ValueError, AssertionError) as error:
+            raise SetupError(f'--cfg-options takes KEY=VALUE, got {values}: {error}') from error
+
+
+def add_shared_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments that training and testing have in common."""
+    parser.add_argument(
+        '--work-dir', help='folder for logs and results; default: ./work_dirs/CONFIG_NAME'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_CfgOptions,
+        default={},
+        metavar='KEY=VALUE',
+        help='override config settings: a.b=1 c="[1,2]" d="[(1,2),(3,4)]" (no spaces inside); '
+        "data_root=DIR moves every path under the config's data_root",
+    )
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    # Both spellings: torch.distributed.launch passed the first before PyTorch 2, the second since.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a SetupError into one line on stderr and exit status 2."""
+    try:
+        yield
+    except SetupError as error:
+        if _local_rank() == 0:
+            print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+def load_config(args: Namespace) -> Config:
+    """Read ``args.config`` and apply the shared arguments to it.
+
+    Raises:
+        SetupError: The config cannot be found, or --cfg-options do not fit it.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    log_own_messages()
+    cfg = read_config_file(args.config)
+    merge_options(cfg, args.cfg_options)
+    cfg.launcher = args.launcher
+    # The command line wins over the config, which wins over the config's name.
+    cfg.work_dir = (
+        args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    )
+    return cfg
+
+
+def read_config_file(path: str) -> Config:
+    """Read a config file.
+
+    Raises:
+        SetupError: It, or one of its bases, is missing, or it is no config file.
+    """
+    if not Path(path).is_file():
+        raise SetupError(
+            f'config is missing: expected at {Path(path).absolute()}; '
+            "the project's own are in its folder configs/"
+        )
+    if Path(path).suffix not in ('.py', '.json', '.yaml', '.yml'):
+        raise SetupError(f'{path} is no config file: it must end in .py, .json, .yaml or .yml')
+    try:
+        return Config.fromfile(path)
+    except FileNotFoundError as error:
+        raise SetupError(f'config {path} builds on a file that is missing: {error}') from error
+
+
+def merge_options(cfg: Config, options: dict) -> None:
+    """Merge --cfg-options into a config.
+
+    ``data_root`` moves all paths under the config's ``data_root``: mmengine would set the variable
+    alone, which nothing reads once the config has been evaluated.
+
+    Raises:
+        SetupError: A key's first part is unknown, or a key does not fit the config's structure.
+    """
+    known = _RUNNER_KEYS | set(cfg)
+    for key in options:
+        first = key.partition('.')[0]
+        if first not in known:
+            close = difflib.get_close_matches(first, known, n=1)
+            hint = f'; did you mean {close[0]!r}?' if close else ''
+            raise SetupError(f'--cfg-options {key}: {cfg.filename} has no {first!r}{hint}')
+    if 'data_root' in options:
+        old, new = cfg.data_root.rstrip('/'), str(options['data_root']).rstrip('/')
+        for key, value in cfg.items():
+            cfg[key] = _moved(value, old, new)
+    for key, value in options.items():
+        try:
+            cfg.merge_from_dict({key: value})
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            reason = str(error).strip('"').splitlines()[0][:200]
+            raise SetupError(
+                f'--cfg-options {key} does not fit {cfg.filename}: {reason}'
+            ) from error
+
+
+def _moved(value, old: str, new: str):
+    """A copy of a config value with every path under ``old`` put under ``new``."""
+    if isinstance(value, dict):
+        return {key: _moved(each, old, new) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(each, old, new) for each in value)
+    if isinstance(value, str) and (value == old or value.startswith(f'{old}/')):
+        return new + value[len(old) :]
+    return value
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the Runner, with mmcv made usable first and gloo between processes without a GPU."""
+    import mmvig.compat  # noqa: F401  not above: what it says is to be seen, and after any error
+
+    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
+        _prepare_for_gloo(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def log_own_messages() -> None:
+    """Print mmvig's log messages from INFO on, once a node."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter('%(name)s - %(levelname)s - %(message)s'))
+    own = logging.getLogger('mmvig')
+    own.addHandler(handler)
+    own.setLevel(logging.INFO if _local_rank() == 0 else logging.ERROR)
+
+
+def _prepare_for_gloo(cfg: Config) -> None:
+    """Set up what mmengine's own initialisation does only for processes with a GPU each."""
+    torch.distributed.init_process_group('gloo')
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
+
+
+def _local_rank() -> int:
+    launchers = ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK')
+    return max(int(os.environ.get(name, 0)) for name in launchers)

@@ -1,0 +1,163 @@
+"""Says which file is missing before a run starts, where it is expected and how to get it.
+
+mmengine notices a missing file only when it builds the object that reads it, minutes into a run and
+with a long traceback. Everything here reads the config alone and imports no model library.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+
+# Made or downloaded by the data set itself on first use, so never missing.
+_MADE_ON_FIRST_USE = ('Shapes', 'CIFAR', 'MNIST', 'FashionMNIST')
+
+_WHERE_TO_GET = {
+    'data/coco': 'COCO 2017 (train2017, val2017, annotations) from https://cocodataset.org/#download',
+    'data/ade': 'ADE20K from http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip',
+    'data/imagenet': 'ImageNet-1k from https://www.image-net.org/download.php',
+}
+
+
+class SetupError(Exception):
+    """Something that the user must put right before a run can start, said in one line."""
+
+
+def check_training(cfg: Config) -> None:
+    """Check the files that ``Runner.train`` will read.
+
+    Those are the data of the training and validation loaders, the validation evaluators'
+    annotations, ``init_cfg`` checkpoints, and what the run loads or resumes from.
+
+    Raises:
+        SetupError: One of them is missing.
+    """
+    if not cfg.get('train_dataloader'):
+        raise SetupError(f'{cfg.filename} has no train_dataloader, so there is nothing to train on')
+    _check_loader(cfg, 'train')
+    if cfg.get('val_dataloader'):
+        _check_loader(cfg, 'val')
+    for key, path in _pretrained(cfg.model, 'model'):
+        check_file(
+            path,
+            'pretrained checkpoint',
+            f'download it, or set another path with --cfg-options {key}.checkpoint=FILE, '
+            f'or train from scratch with --cfg-options {key}=None',
+        )
+    if cfg.get('load_from'):
+        what = 'checkpoint to resume from' if cfg.get('resume') else 'checkpoint to start from'
+        option = '--resume FILE' if cfg.get('resume') else '--cfg-options load_from=FILE'
+        check_file(cfg.load_from, what, f'name another with {option}, or begin without one')
+
+
+def check_testing(cfg: Config) -> None:
+    """Check the files that ``Runner.test`` will read: data, annotations and the checkpoint.
+
+    Raises:
+        SetupError: One of them is missing.
+    """
+    if not (cfg.get('test_dataloader') and cfg.get('test_evaluator')):
+        raise SetupError(f'{cfg.filename} has no test_dataloader and test_evaluator to test with')
+    check_checkpoint(cfg.load_from, cfg.filename)
+    _check_loader(cfg, 'test')
+
+
+def check_checkpoint(path: str, config: str) -> None:
+    """Check that the checkpoint of a model to be tested or shown is there.
+
+    Raises:
+        SetupError: It is missing.
+    """
+    hint = f'train one with `python tools/train.py {config}`, or give the path of another'
+    check_file(path, 'checkpoint', hint)
+
+
+def check_file(path: str, what: str, how_to_get: str) -> None:
+    """Check that a file is there, unless it is remote.
+
+    Raises:
+        SetupError: It is missing.
+    """
+    if not _is_remote(path) and not Path(path).expanduser().is_file():
+        raise _missing(what, path, how_to_get)
+
+
+def _check_loader(cfg: Config, split: str) -> None:
+    """Check the data sets of one loader, and the annotations that its evaluators read."""
+    loader = f'{split}_dataloader'
+    generated = False
+    for key, dataset in _leaf_datasets(cfg[loader].dataset, f'{loader}.dataset'):
+        if _type_name(dataset).startswith(_MADE_ON_FIRST_USE):
+            generated = True
+        elif not dataset.get('backend_args'):  # which would mean remote storage
+            _check_dataset(cfg, key, dataset)
+    evaluators = [] if generated else cfg.get(f'{split}_evaluator') or []
+    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        ann_file = evaluator.get('ann_file')
+        if isinstance(ann_file, str):
+            how = _how(cfg, ann_file, f'{split}_evaluator.ann_file=FILE')
+            check_file(ann_file, f'annotation file of {split}_evaluator', how)
+
+
+def _check_dataset(cfg: Config, key: str, dataset: ConfigDict) -> None:
+    """Check one data set's root, annotation file and folders, joined as mmengine joins them."""
+    root = dataset.get('data_root') or ''
+    if _is_remote(root):
+        return
+    how = _how(cfg, root, f'{key}.data_root=DIR')
+    prefix = dataset.get('data_prefix') or {}
+    folders = prefix.values() if isinstance(prefix, dict) else [prefix]
+    for what, folder in [('data root', ''), *(('image or label folder', f) for f in folders)]:
+        path = Path(root, folder or '')
+        if not _is_remote(folder or '') and not path.is_dir():
+            raise _missing(f'{what} of {key}', path, how)
+    ann_file = dataset.get('ann_file')
+    if ann_file and isinstance(ann_file, str) and not _is_remote(ann_file):
+        check_file(str(Path(root, ann_file)), f'annotation file of {key}', how)
+
+
+def _leaf_datasets(dataset: ConfigDict, key: str) -> Iterator[tuple[str, ConfigDict]]:
+    """Go through wrappers (repeat, concatenate, ...) to the data sets that read files."""
+    inner = [name for name in ('dataset', 'datasets') if name in dataset]
+    if not inner:
+        yield key, dataset
+    for name in inner:
+        if isinstance(dataset[name], (list, tuple)):
+            for i, each in enumerate(dataset[name]):
+                yield from _leaf_datasets(each, f'{key}.{name}.{i}')
+        else:
+            yield from _leaf_datasets(dataset[name], f'{key}.{name}')
+
+
+def _pretrained(node, key: str) -> Iterator[tuple[str, str]]:
+    """Find every ``init_cfg`` that names a checkpoint: its config key and the path."""
+    items = node.items() if isinstance(node, dict) else enumerate(node)
+    for name, value in items:
+        if isinstance(value, (dict, list, tuple)):
+            yield from _pretrained(value, f'{key}.{name}')
+            if isinstance(value, dict) and isinstance(value.get('checkpoint'), str):
+                yield f'{key}.{name}', value['checkpoint']
+
+
+def _type_name(dataset: ConfigDict) -> str:
+    kind = dataset.get('type', '')
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
+
+
+def _is_remote(path: str) -> bool:
+    return '://' in path
+
+
+def _how(cfg: Config, path: str, option: str) -> str:
+    """How to get a data set, if it is one we know, and how to say that it lies elsewhere."""
+    elsewhere = (
+        f'name its place with --cfg-options {"data_root=DIR" if "data_root" in cfg else option}'
+    )
+    for folder, where in _WHERE_TO_GET.items():
+        if Path(path).is_relative_to(folder):
+            return f'get {where} and unpack it to {folder}, or {elsewhere}'
+    return elsewhere
+
+
+def _missing(what: str, path: str | Path, how_to_get: str) -> SetupError:
+    return SetupError(f'{what} is missing: expected at {Path(path).absolute()}; {how_to_get}')

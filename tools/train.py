@@ -1,0 +1,96 @@
+"""Train a model from its config: detection, segmentation or classification."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import find_latest_checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+
+from mmvig.engine import cli, preflight
+
+logger = logging.getLogger('mmvig.train')
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='resume from this checkpoint, or, without a value or with `auto`, from the latest in '
+        'the work dir (from the beginning where there is none)',
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='mixed precision: float16, on a CPU bfloat16'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate by the batch size over auto_scale_lr.base_batch_size',
+    )
+    cli.add_shared_arguments(parser)
+    return parser.parse_args()
+
+
+def use_amp(cfg: Config) -> None:
+    """Switch the config to mixed precision."""
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise preflight.SetupError(
+            f'--amp is for an OptimWrapper, and {cfg.filename} has {kind}: set its precision there'
+        )
+    if get_device() == 'cpu':
+        cfg.optim_wrapper.type = 'mmvig.engine.amp.CpuAmpOptimWrapper'
+        cfg.optim_wrapper.pop('loss_scale')
+        logger.info('--amp: there is no GPU, so this trains in bfloat16 instead of float16.')
+    elif kind == 'OptimWrapper':
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+
+
+def use_auto_scale_lr(cfg: Config) -> None:
+    """Switch on the scaling of the learning rate."""
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise preflight.SetupError(
+            f'--auto-scale-lr: {cfg.filename} has no auto_scale_lr; add '
+            'auto_scale_lr = dict(base_batch_size=BATCH_SIZE_OF_ITS_LEARNING_RATE)'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def use_resume(cfg: Config, checkpoint: str) -> None:
+    """Resume from a checkpoint; 'auto' is the work dir's latest, if there is one."""
+    if checkpoint == 'auto':
+        checkpoint = find_latest_checkpoint(cfg.work_dir)
+        if checkpoint is None:
+            logger.info('--resume: nothing in %s yet, so this is a new run.', cfg.work_dir)
+            return
+    cfg.resume = True
+    cfg.load_from = checkpoint
+
+
+def main() -> None:
+    """Read the config, check its files and train."""
+    with cli.one_line_errors():
+        args = parse_args()
+        cfg = cli.load_config(args)
+        if args.amp:
+            use_amp(cfg)
+        if args.auto_scale_lr:
+            use_auto_scale_lr(cfg)
+        if args.resume:
+            use_resume(cfg, args.resume)
+        preflight.check_training(cfg)
+    cli.build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
