@@ -64,7 +64,7 @@ def detection_painter(cfg: Config, args: argparse.Namespace) -> Callable[[ndarra
     from mmdet.registry import VISUALIZERS
 
     model = init_detector(cfg, args.checkpoint, args.palette or 'none', args.device)
-    visualizer = VISUALIZERS.build(cfg.visualizer)
+    visualizer = VISUALIZERS.build({**cfg.visualizer, 'vis_backends': None})
     visualizer.dataset_meta = model.dataset_meta
 
     def paint(image: ndarray, output: Path) -> None:

@@ -16,6 +16,8 @@ from mmengine.runner import Runner
 
 from mmvig.engine.preflight import SetupError
 
+logger = logging.getLogger(__name__)
+
 # Top-level config keys that mmengine's Runner reads beside its own arguments.
 _RUNNER_KEYS = {
     *inspect.signature(Runner.__init__).parameters,
@@ -117,6 +119,13 @@ def merge_options(cfg: Config, options: dict) -> None:
             close = difflib.get_close_matches(first, known, n=1)
             hint = f'; did you mean {close[0]!r}?' if close else ''
             raise SetupError(f'--cfg-options {key}: {cfg.filename} has no {first!r}{hint}')
+        if first not in _RUNNER_KEYS and key != 'data_root':
+            logger.warning(
+                '--cfg-options %s: %r is a variable of the config file, read when the file was '
+                'evaluated; set what was made from it instead.',
+                key,
+                first,
+            )
     if 'data_root' in options:
         old, new = cfg.data_root.rstrip('/'), str(options['data_root']).rstrip('/')
         for key, value in cfg.items():
