@@ -1,4 +1,4 @@
-# What detection and segmentation share; detection_runtime.py and segmentation_runtime.py build on it.
+# What both tasks share; detection_runtime.py and segmentation_runtime.py build on it.
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),

@@ -34,10 +34,8 @@ model = dict(
         type='StandardRoIHead',
         bbox_roi_extractor=dict(
             type='SingleRoIExtractor',
-            # torchvision's operator: mmcv's has no bfloat16, and is absent where mmcv is not compiled
-            roi_layer=dict(
-                type='RoIAlign', output_size=7, sampling_ratio=0, use_torchvision=True
-            ),
+            # mmcv's own operator has no bfloat16, and is missing where mmcv is not compiled
+            roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0, use_torchvision=True),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
         ),
@@ -58,9 +56,7 @@ model = dict(
         ),
         mask_roi_extractor=dict(
             type='SingleRoIExtractor',
-            roi_layer=dict(
-                type='RoIAlign', output_size=14, sampling_ratio=0, use_torchvision=True
-            ),
+            roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0, use_torchvision=True),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
         ),
