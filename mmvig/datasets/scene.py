@@ -156,7 +156,7 @@ def _place(rng: np.random.Generator) -> list[_Placed]:
     A place where the newcomer would leave a shape less than `_LEAST_VISIBLE` visible is refused.
     """
     placed, visible, least_areas = [], [], []
-    radii = np.exp(rng.uniform(np.log(9), np.log(80), rng.integers(5, 11)))
+    radii = np.exp(rng.uniform(np.log(10), np.log(100), rng.integers(4, 10)))
     for radius in sorted(radii * rng.uniform(0.8, 1.25, len(radii)), reverse=True):
         label = int(rng.integers(len(CLASSES)))
         outlines = _outline_points(rng, label, radius)
