@@ -1,7 +1,13 @@
 """ViG-H, a linear-complexity vision backbone, as an OpenMMLab plugin.
 
-Importing this package imports nothing else: mmengine finds the models through `mmvig.registry`,
+Importing this package alone imports nothing else: mmengine finds the models through `mmvig.registry`,
 and the operators live in `mmvig.ops`.
 """
 
+import sys
+
 __version__ = '0.1.0'
+
+# A config's `custom_imports=['mmvig']` is run by mmengine and then means `type='ViGH'` without a scope.
+if 'mmengine' in sys.modules:
+    import mmvig.backbones  # noqa: F401

@@ -66,13 +66,16 @@ def read(checkpoint: str, prefix: str | None = None, map_location: str = 'cpu') 
         FileNotFoundError: the file does not exist.
         RuntimeError: the file is no checkpoint of tensors, or no key has the prefix.
     """
-    # mmengine's training checkpoints hold its message hub, whose buffers are numpy arrays.
-    torch.serialization.add_safe_globals([HistoryBuffer, *_numpy_globals()])
     path = _local_path(checkpoint)
+    previous = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(_message_hub_globals())
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         raise RuntimeError(f'{path} cannot be read as a checkpoint of tensors: {error}') from error
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(previous)
     if not isinstance(content, Mapping):
         raise RuntimeError(f'{path} must hold a state dict, got {type(content).__name__}')
     if prefix is None:
@@ -112,7 +115,7 @@ def _contained(content: Mapping) -> Mapping:
     return content
 
 
-def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool) -> None:
+def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool = True) -> None:
     """Turn a backbone's part of a state dict into exactly its own keys, in place.
 
     Official names become ours. The classifier is dropped, or, where the last stage is the only output,
@@ -123,12 +126,14 @@ def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool) -> N
         backbone: a :class:`mmvig.backbones.ViGH`.
         state_dict: the state dict being loaded, possibly of a larger model.
         prefix: the backbone's prefix in it.
-        strict: whether anything else that does not match is an error.
+        strict: whether anything else that does not match is an error. Default: True.
 
     Raises:
         RuntimeError: missing, unexpected or mis-shaped keys, all of them listed.
     """
     incoming = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    if not incoming:
+        return  # nothing of a backbone in it: the caller reports that as for any module
     incoming = {our_name(key[len(prefix) :]): value for key, value in incoming.items()}
     own = backbone.state_dict()
     last = len(backbone.depths) - 1
@@ -142,14 +147,18 @@ def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool) -> N
     for key in dropped:
         del incoming[key]
     kept = [
-        f'norm{i}' for i in backbone.out_indices if not {f'norm{i}.weight', f'norm{i}.bias'} & {*incoming}
+        f'norm{i}'
+        for i in backbone.out_indices
+        if not {f'norm{i}.weight', f'norm{i}.bias'} & {*incoming}
     ]
-    for name in kept if incoming else ():
+    for name in kept:
         incoming.update({f'{name}.{leaf}': own[f'{name}.{leaf}'] for leaf in ('weight', 'bias')})
     if strict:
         _check(backbone, own, incoming)
     if kept:
-        print_log(f'{", ".join(kept)}: not in the checkpoint, initial values kept', logger='current')
+        print_log(
+            f'{", ".join(kept)}: not in the checkpoint, initial values kept', logger='current'
+        )
     state_dict.update({prefix + key: value for key, value in incoming.items()})
 
 
@@ -193,8 +202,9 @@ def _local_path(checkpoint: str) -> Path:
     return path
 
 
-def _numpy_globals() -> list:
-    """What numpy's pickled arrays and scalars are made of."""
+def _message_hub_globals() -> list:
+    """What the log buffers in mmengine's training checkpoints are made of: none runs foreign code."""
     core = getattr(np, '_core', None) or np.core  # numpy < 2 has no _core
-    dtypes = [type(np.dtype(name)) for name in ('float32', 'float64', 'int32', 'int64', 'uint32')]
-    return [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *dtypes]
+    dtypes = {type(np.dtype(name)) for name in ('float32', 'float64', 'int32', 'int64', 'uint32')}
+    arrays = [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *dtypes]
+    return [HistoryBuffer, getattr, slice, *arrays]

@@ -13,9 +13,7 @@ except ImportError as error:
         '(the maintained onedl packages) or install the OpenMMLab line that you already use.'
     ) from error
 
-MODELS = _root.Registry(
-    'model', parent=_root.MODELS, scope='mmvig', locations=['mmvig.backbones']
-)
+MODELS = _root.Registry('model', parent=_root.MODELS, scope='mmvig', locations=['mmvig.backbones'])
 DATASETS = _root.Registry(
     'dataset', parent=_root.DATASETS, scope='mmvig', locations=['mmvig.datasets']
 )

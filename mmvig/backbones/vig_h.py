@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule, PretrainedInit
+from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -131,6 +132,7 @@ class Stage(nn.Module):
         return x
 
 
+@ROOT_MODELS.register_module()  # for `type='ViGH'` after `custom_imports`
 @MODELS.register_module()
 class ViGH(BaseModule):
     """ViG-H backbone: a tuple of feature maps at strides 4, 8, 16, 32.
@@ -187,6 +189,7 @@ class ViGH(BaseModule):
         if not -1 <= frozen_stages <= num_stages:
             raise ValueError(f'frozen_stages must be in -1..{num_stages}, got {frozen_stages}')
         self.frozen_stages = frozen_stages
+        self._strict_loading = True
         self.num_features = [embed_dims * 2**i for i in range(num_stages)]
 
         self.stem = Stem(in_channels, embed_dims)
@@ -277,12 +280,20 @@ class ViGH(BaseModule):
 
     def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
         """Load official or our own names, also when wrapped as a checkpoint file holds them."""
-        return super().load_state_dict(checkpoints.unwrap(state_dict), strict, assign)
+        state_dict = dict(checkpoints.unwrap(state_dict))
+        if not strict:
+            checkpoints.adapt(self, state_dict, prefix='', strict=False)
+        self._strict_loading, previous = strict, self._strict_loading
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._strict_loading = previous
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, *args) -> None:
-        # Reached on every way to load, also as a part of a detector and through mmengine.
-        checkpoints.adapt(self, state_dict, prefix, strict)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # Reached on every way to load: also as a part of a detector, and by mmengine, which only warns.
+        if self._strict_loading:
+            checkpoints.adapt(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning-rate decay.

@@ -60,9 +60,9 @@ def bigla(
     _check_tensors(q, k, v, g_fwd, g_bwd)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if not math.isfinite(scale):
+    if not abs(scale) < math.inf:
         raise ValueError(f'scale must be a finite number, got {scale}')
-    if not (math.isfinite(gate_normalizer) and gate_normalizer > 0):
+    if not 0 < gate_normalizer < math.inf:
         raise ValueError(f'gate_normalizer must be a finite number > 0, got {gate_normalizer}')
     check_backend(backend)
     function = BACKENDS['chunked' if backend == 'auto' else backend]

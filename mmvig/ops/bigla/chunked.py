@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 # Tokens per chunk: the pairwise decays take K * CHUNK floats a token, the states K * V / CHUNK.
 CHUNK = 8
-# Chunks (and groups of chunks) that one level of the state scan combines.
+# Chunks that are solved at once by their pairwise decays; groups of them by doubling.
 GROUP = 16
-# Levels of the scan in a traced graph, where N is symbolic: the last level takes whatever is left.
-TRACED_LEVELS = 4
+# Doubling steps in a traced graph, where N is symbolic: enough for 2^20 groups, 134 million tokens.
+TRACED_STEPS = 20
 
 
 def bigla_chunked(
@@ -53,20 +53,41 @@ def _forward(
         o = o + _from_other_chunks(q_c, k_c, v_c, lb, reverse=True)
 
         o = o.transpose(2, 3).flatten(1, 2)  # [B, n * C, H, V]
-        return o[:, :num_tokens].to(v.dtype)
+        # Not a slice: a traced graph would need a proof that it is no longer than the padded sequence.
+        return o.index_select(1, torch.arange(num_tokens, device=o.device)).to(v.dtype)
 
 
 def _split(x: Tensor) -> Tensor:
-    """[B, N, H, D] -> [B, n, H, D, C], zeros after the last token."""
+    """[B, N, H, D] -> [B, n, H, D, C], zeros after the last token, n a multiple of the group's size."""
     num_tokens = x.shape[1]
-    num_chunks = (num_tokens + CHUNK - 1) // CHUNK
-    x = F.pad(x, (0, 0, 0, 0, 0, num_chunks * CHUNK - num_tokens))
-    return x.unflatten(1, (num_chunks, CHUNK)).permute(0, 1, 3, 4, 2)
+    block = CHUNK * _group_size(num_tokens)
+    if torch.compiler.is_compiling():
+        num_blocks = (num_tokens + 2 * block - 1) // block  # never 1, on which tracing specialises
+    else:
+        num_blocks = -(-num_tokens // block)
+    x = F.pad(x, (0, 0, 0, 0, 0, num_blocks * block - num_tokens))
+    return x.unflatten(1, (num_blocks * (block // CHUNK), CHUNK)).permute(0, 1, 3, 4, 2)
+
+
+def _group_size(num_tokens: int) -> int:
+    """Chunks in a group: GROUP, or all of them if they are fewer."""
+    if torch.compiler.is_compiling():
+        return GROUP
+    return min(GROUP, -(-num_tokens // CHUNK))
 
 
 def _sum_where(mask: Tensor, x: Tensor) -> Tensor:
     """Sums of ``x [..., C]`` over subsets of C: ``mask [C, ...]`` -> ``[..., prod(...)]``."""
     return F.linear(x, mask.flatten(1).T.to(x.dtype))
+
+
+def _num_blocks(length: int, size: int) -> int:
+    """Blocks of ``size`` that cover ``length``."""
+    if torch.compiler.is_compiling():
+        return (
+            length + 2 * size - 1
+        ) // size  # never 0 or 1, on which a traced graph would specialise
+    return -(-length // size)
 
 
 def _within_chunk(q: Tensor, k: Tensor, la: Tensor, lb: Tensor) -> Tensor:
@@ -102,25 +123,14 @@ def _from_other_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rever
     upto = _sum_where(i[:, None] <= i, log_decay)  # gates between the chunk's entry and a token
     after = _sum_where(i[:, None] > i, log_decay)  # gates between a token and the chunk's exit
     update = (k * after.exp()) @ v  # [B, n, H, K, V]
-    state = _exclusive_scan(log_decay.sum(-1), update, reverse, _num_levels(q.shape[1]))
+    state = _entry_states(log_decay.sum(-1), update, reverse)
     return (q * upto.exp()).transpose(-1, -2) @ state
 
 
-def _num_levels(num_chunks: int) -> int:
-    """Levels of the scan: as many as N needs, or a fixed number when N may be symbolic."""
-    if torch.compiler.is_compiling():
-        return TRACED_LEVELS
-    levels = 1
-    while num_chunks > GROUP:
-        num_chunks, levels = -(-num_chunks // GROUP), levels + 1
-    return levels
-
-
-def _exclusive_scan(log_decay: Tensor, update: Tensor, reverse: bool, levels: int) -> Tensor:
+def _entry_states(log_decay: Tensor, update: Tensor, reverse: bool) -> Tensor:
     """State at each chunk's entry: S_(c+1) = exp(log_decay_c) S_c + update_c, S = 0 at the first.
 
-    Groups of chunks are solved at once by their pairwise decays; the groups' own entry states are
-    the same problem, GROUP times smaller. ``reverse`` walks from the last chunk to the first.
+    ``reverse`` walks from the last chunk to the first.
 
     Args:
         log_decay: ``[B, n, H, K]``.
@@ -129,24 +139,45 @@ def _exclusive_scan(log_decay: Tensor, update: Tensor, reverse: bool, levels: in
     Returns:
         ``[B, n, H, K, V]``.
     """
-    num_chunks = log_decay.shape[1]
-    size = num_chunks if levels == 1 else GROUP
-    num_groups = (num_chunks + size - 1) // size
-    pad = num_groups * size - num_chunks
-    d = F.pad(log_decay, (0, 0, 0, 0, 0, pad)).unflatten(1, (num_groups, size))
-    d = d.permute(0, 1, 3, 4, 2).contiguous()  # [B, m, H, K, G]
-    u = F.pad(update, (0, 0, 0, 0, 0, 0, 0, pad)).unflatten(1, (num_groups, size))
-    u = u.permute(0, 1, 3, 4, 2, 5)  # [B, m, H, K, G, V]
+    size = _group_size(log_decay.shape[1] * CHUNK)
+    d = log_decay.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2).contiguous()  # [B, m, H, K, G]
+    u = update.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2, 5)  # [B, m, H, K, G, V]
 
     i = torch.arange(size, device=d.device)
     if reverse:
         i = size - 1 - i
     j, t, s = i[:, None, None], i[:, None], i
     between = _sum_where((s < j) & (j < t), d)  # [B, m, H, K, G * G]
-    decay = between.exp().unflatten(-1, (size, size)) * (s < t)
-    state = decay @ u  # [B, m, H, K, G, V]
-    if levels > 1:
-        group_update = _sum_where(i[:, None] > i, d).exp()[..., None, :] @ u
-        carry = _exclusive_scan(d.sum(-1), group_update.squeeze(-2), reverse, levels - 1)
-        state = state + _sum_where(i[:, None] < i, d).exp()[..., None] * carry[..., None, :]
-    return state.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)[:, :num_chunks]
+    state = (between.exp().unflatten(-1, (size, size)) * (s < t)) @ u  # [B, m, H, K, G, V]
+
+    group_update = _sum_where(i[:, None] > i, d).exp()[..., None, :] @ u
+    carry = _entry_states_of_groups(d.sum(-1), group_update.squeeze(-2), reverse)
+    state = state + _sum_where(i[:, None] < i, d).exp()[..., None] * carry[..., None, :]
+    return state.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+
+
+def _entry_states_of_groups(log_decay: Tensor, update: Tensor, reverse: bool) -> Tensor:
+    """The same for groups, by doubling: step i joins each run of 2^i groups to the run before it.
+
+    Args:
+        log_decay: ``[B, m, H, K]``.
+        update: ``[B, m, H, K, V]``.
+
+    Returns:
+        ``[B, m, H, K, V]``.
+    """
+    num_groups = log_decay.shape[1]
+    steps = TRACED_STEPS if torch.compiler.is_compiling() else (num_groups - 1).bit_length()
+    position = torch.arange(num_groups, device=log_decay.device)
+
+    def before(x: Tensor, distance: int) -> Tensor:
+        source = position + distance if reverse else position - distance
+        inside = (source >= 0) & (source < num_groups)
+        x_before = x[:, source.clamp(0, num_groups - 1)]
+        return x_before * inside.view(-1, *[1] * (x.ndim - 2))
+
+    decay, state = log_decay.exp()[..., None], update
+    for i in range(steps):
+        state = state + decay * before(state, 2**i)
+        decay = decay * before(decay, 2**i)
+    return before(state, 1)

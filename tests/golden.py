@@ -1,0 +1,80 @@
+"""Weights and inputs behind tests/data/golden_vig.npz, the outputs of the method's released code.
+
+Every weight is a function of its official name and shape alone, every input of its tag.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+GOLDEN = Path(__file__).parent / 'data' / 'golden_vig.npz'
+WIDTHS = {'tiny': 96, 'small': 96, 'base': 128}
+DEPTHS = {'tiny': (2, 2, 5, 2), 'small': (2, 2, 17, 2), 'base': (2, 2, 17, 2)}
+
+
+def _standard_normal(tag, shape):
+    return np.random.default_rng(zlib.crc32(tag.encode())).standard_normal(shape)
+
+
+def array(tag, shape):
+    """Standard-normal tensor of a tag."""
+    return torch.from_numpy(_standard_normal(tag, shape).astype('float32'))
+
+
+def weight(name, shape):
+    """Value of the official parameter ``name``."""
+    x = _standard_normal(name, shape)
+    if len(shape) >= 2:
+        x = x / np.sqrt(np.prod(shape[1:]))
+    else:
+        x = 0.1 * x if name.endswith('bias') else 1 + 0.1 * x
+    return torch.from_numpy(x.astype('float32'))
+
+
+def official_shapes(arch, classifier):
+    """Names and shapes of an official state dict, written down from the released code's module tree."""
+    width = WIDTHS[arch]
+    shapes = {}
+
+    def add(name, *shape, bias=True):
+        shapes[f'{name}.weight'] = shape
+        if bias:
+            shapes[f'{name}.bias'] = shape[:1]
+
+    add('patch_embed.0', width // 2, 3, 3, 3)
+    add('patch_embed.2', width // 2)
+    add('patch_embed.5', width, width // 2, 3, 3)
+    add('patch_embed.7', width)
+    for i, depth in enumerate(DEPTHS[arch]):
+        c = width * 2**i
+        hidden = 32 * -(-int(8 * c / 3) // 32)
+        for j in range(depth):
+            block = f'layers.{i}.blocks.{j}'
+            add(f'{block}.norm', c)
+            add(f'{block}.op.in_proj.0', c, 1, 3, 3, bias=False)
+            add(f'{block}.op.qkv_proj', 2 * c, c, bias=False)
+            add(f'{block}.op.gk_proj.0', 16, c, bias=False)
+            add(f'{block}.op.gk_proj.1', c, 16)
+            add(f'{block}.op.o_proj', c, c, bias=False)
+            add(f'{block}.op.g_norm', 32, bias=False)
+            add(f'{block}.op.l_norm', 32, bias=False)
+            add(f'{block}.op.g_proj', c, c)
+            add(f'{block}.norm2', c)
+            add(f'{block}.mlp.fc1', 2 * hidden, c, bias=False)
+            add(f'{block}.mlp.fc2', c, hidden, bias=False)
+        if i < 3:
+            add(f'layers.{i}.downsample.1', 2 * c, c, 3, 3)
+            add(f'layers.{i}.downsample.3', 2 * c)
+        if not classifier:
+            add(f'outnorm{i}', c)
+    if classifier:
+        add('classifier.norm', 8 * width)
+        add('classifier.head', 1000, 8 * width)
+    return shapes
+
+
+def official_state_dict(arch, classifier=False):
+    """An official checkpoint's state dict with the golden weights."""
+    return {name: weight(name, shape) for name, shape in official_shapes(arch, classifier).items()}

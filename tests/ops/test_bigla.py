@@ -1,0 +1,263 @@
+"""BiGLA's backends against the token loop in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+from mmvig.ops import bigla
+from mmvig.ops.bigla import chunked
+
+# Chunks of 8 tokens, groups of 16 chunks: below, at and above the boundaries of one and more of each.
+LENGTHS = [1, 2, 7, 8, 9, 49, 127, 128, 129, 260]
+GATES = ['normal', 'strong', 'closed', 'open', 'mixed']
+# Error allowed relative to the largest value: rounding of the inputs is not counted.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def make_inputs(num_tokens, key=4, value=5, batch=2, heads=3, gates='normal', dtype=torch.float64):
+    generator = torch.Generator().manual_seed(num_tokens)
+
+    def randn(width):
+        return torch.randn(batch, num_tokens, heads, width, generator=generator).to(dtype)
+
+    g_fwd, g_bwd = randn(key), randn(key)
+    if gates == 'strong':
+        g_fwd, g_bwd = 100 * g_fwd, 100 * g_bwd
+    elif gates in ('closed', 'open'):
+        g_fwd, g_bwd = (
+            torch.full_like(g, -1000 if gates == 'closed' else 1000) for g in (g_fwd, g_bwd)
+        )
+    elif gates == 'mixed':  # per token and channel, with ordinary gates between the extremes
+        g_fwd, g_bwd = (torch.where(g.abs() > 1, 1000 * g.sign(), g) for g in (g_fwd, g_bwd))
+    return [randn(key), randn(key), randn(value), g_fwd, g_bwd]
+
+
+def run(inputs, backend, **options):
+    """Output and the five gradients of a fixed random projection of it."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = bigla(*inputs, backend=backend, **options)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]
+
+
+def assert_close(actual, expected, tolerance):
+    for name, a, e in zip(('o', 'q', 'k', 'v', 'g_fwd', 'g_bwd'), actual, expected, strict=True):
+        assert a.isfinite().all(), name
+        error, largest = (a.double() - e).abs().max().item(), e.abs().max().item()
+        smallest = torch.finfo(a.dtype).tiny  # what half precision cannot hold counts as 0
+        assert error <= max(tolerance * largest, smallest), (name, error, largest)
+
+
+def test_reference_is_the_definition():
+    """Against the closed form written as one sum over all pairs of tokens."""
+    q, k, v, g_fwd, g_bwd = make_inputs(6)
+    log_a = torch.nn.functional.logsigmoid(g_fwd) / 16
+    log_b = torch.nn.functional.logsigmoid(g_bwd) / 16
+    expected = torch.zeros_like(v)
+    for t in range(6):
+        for s in range(6):
+            if s <= t:
+                decay = log_a[:, s + 1 : t + 1].sum(1).exp()
+                expected[:, t] += (q[:, t] * decay * k[:, s]).sum(-1, keepdim=True) * v[:, s] / 4
+            if s >= t:
+                decay = log_b[:, t:s].sum(1).exp()
+                expected[:, t] += (q[:, t] * decay * k[:, s]).sum(-1, keepdim=True) * v[:, s] / 4
+    torch.testing.assert_close(bigla(q, k, v, g_fwd, g_bwd, backend='reference'), expected)
+
+
+@pytest.mark.parametrize('gates', GATES)
+@pytest.mark.parametrize('num_tokens', LENGTHS)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_chunked_equals_reference(num_tokens, gates, dtype):
+    inputs = make_inputs(num_tokens, gates=gates, dtype=dtype)
+    expected = run([x.double() for x in inputs], 'reference')
+    assert_close(run(inputs, 'chunked'), expected, TOLERANCE[dtype])
+
+
+def test_chunked_equals_reference_over_many_groups():
+    inputs = make_inputs(1500, batch=1, heads=1, dtype=torch.float32)
+    expected = run([x.double() for x in inputs], 'reference')
+    assert_close(run(inputs, 'chunked'), expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('gates', GATES)
+def test_half_precision_accumulates_in_float32(dtype, gates):
+    inputs = make_inputs(130, key=16, value=32, gates=gates, dtype=dtype)
+    expected = run([x.double() for x in inputs], 'reference')
+    for backend in ('reference', 'chunked'):
+        actual = run(inputs, backend)
+        assert actual[0].dtype == dtype
+        assert_close(actual, expected, TOLERANCE[dtype])
+
+
+def test_float32_gates_go_with_half_precision_inputs():
+    q, k, v, g_fwd, g_bwd = make_inputs(20, dtype=torch.bfloat16)
+    out = bigla(q, k, v, g_fwd.float(), g_bwd.float())
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('gates', GATES)
+def test_gradcheck(gates):
+    inputs = [x.requires_grad_() for x in make_inputs(11, 3, 2, batch=1, heads=2, gates=gates)]
+    assert gradcheck(lambda *x: bigla(*x, backend='chunked'), inputs)
+    assert gradcheck(lambda *x: bigla(*x, backend='reference'), inputs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    num_tokens=st.integers(1, 300),
+    heads=st.integers(1, 5),
+    key=st.integers(1, 33),
+    value=st.integers(1, 33),
+    gates=st.sampled_from(GATES),
+    scale=st.sampled_from([None, 0.5, 1.0]),
+    gate_normalizer=st.sampled_from([1.0, 16.0]),
+)
+def test_any_size(batch, num_tokens, heads, key, value, gates, scale, gate_normalizer):
+    options = {'scale': scale, 'gate_normalizer': gate_normalizer}
+    inputs = make_inputs(num_tokens, key, value, batch, heads, gates)
+    expected = bigla(*inputs, backend='reference', **options)
+    actual = bigla(*inputs, backend='chunked', **options)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_strided_views_give_the_same_bits():
+    fused = torch.randn(2, 50, 3 * 16)
+    gates = torch.randn(2, 50, 2 * 12)
+    q, k, v = (x.unflatten(-1, (3, -1)) for x in fused.split([12, 12, 24], dim=-1))
+    g_fwd, g_bwd = (x.unflatten(-1, (3, -1)) for x in gates.chunk(2, dim=-1))
+    views = (q, k, v, g_fwd, g_bwd)
+    assert not q.is_contiguous()
+    assert torch.equal(bigla(*views), bigla(*(x.contiguous() for x in views)))
+
+
+def test_empty_batch():
+    assert bigla(*make_inputs(5, batch=1)).shape == (1, 5, 3, 5)
+    for backend in ('chunked', 'reference'):
+        out = bigla(*(x[:0] for x in make_inputs(5)), backend=backend)
+        assert out.shape == (0, 5, 3, 5)
+
+
+def test_directions_are_mirror_images():
+    q, k, v, g_fwd, g_bwd = make_inputs(100)
+    out = bigla(q, k, v, g_fwd, g_bwd)
+    mirrored = bigla(*(x.flip(1) for x in (q, k, v, g_bwd, g_fwd)))
+    torch.testing.assert_close(mirrored.flip(1), out)
+
+
+def test_nan_stays_in_its_head():
+    inputs = make_inputs(40)
+    inputs[1][0, 20, 1] = float('nan')
+    out = bigla(*inputs)
+    assert out[0, :, 1].isnan().any()
+    assert out[:, :, [0, 2]].isfinite().all() and out[1].isfinite().all()
+
+
+def test_autocast_does_not_lower_the_precision():
+    inputs = make_inputs(100, dtype=torch.float32)
+    inputs = [x.requires_grad_() for x in inputs]
+    with torch.autocast('cpu', torch.bfloat16):
+        actual = bigla(*inputs)
+    expected = bigla(*inputs)
+    assert torch.equal(actual, expected)
+    for a, e in zip(
+        torch.autograd.grad(actual.sum(), inputs),
+        torch.autograd.grad(expected.sum(), inputs),
+        strict=True,
+    ):
+        assert torch.equal(a, e)
+
+
+def test_training_keeps_only_the_inputs():
+    inputs = [x.requires_grad_() for x in make_inputs(64, dtype=torch.float32)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        bigla(*inputs, backend='chunked')
+    storages = {x.data_ptr() for x in inputs}
+    assert all(x.data_ptr() in storages for x in kept)
+
+
+def test_memory_and_work_are_linear_in_tokens():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(num_tokens):
+        with FlopCounterMode(display=False) as counter:
+            bigla(*make_inputs(num_tokens, batch=1, heads=1, dtype=torch.float32))
+        return counter.get_total_flops()
+
+    assert flops(32768) == pytest.approx(8 * flops(4096), rel=0.02)
+
+
+def test_compiled_with_dynamic_length_and_backward(monkeypatch):
+    monkeypatch.setattr(chunked, 'TRACED_STEPS', 2)  # 4 groups; tracing takes 3 s a step
+    compiled = torch.compile(bigla, fullgraph=True, backend='aot_eager', dynamic=True)
+    for num_tokens in (40, 41, 200):
+        inputs = [x.requires_grad_() for x in make_inputs(num_tokens)]
+        out = compiled(*inputs)
+        grads = torch.autograd.grad(out.sum(), inputs)
+        expected = bigla(*inputs)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), inputs))
+
+
+def test_exports_with_dynamic_length():
+    class Op(torch.nn.Module):
+        def forward(self, q, k, v, g_fwd, g_bwd):
+            return bigla(q, k, v, g_fwd, g_bwd, backend='chunked')
+
+    length = torch.export.Dim('length', min=2, max=1 << 20)
+    inputs = tuple(make_inputs(40))
+    shapes = {name: {1: length} for name in ['q', 'k', 'v', 'g_fwd', 'g_bwd']}
+    exported = torch.export.export(Op(), inputs, dynamic_shapes=shapes).module()
+    for num_tokens in (2, 100, 3000):
+        inputs = make_inputs(num_tokens)
+        torch.testing.assert_close(exported(*inputs), bigla(*inputs))
+
+
+def replace(name, value):
+    names = ['q', 'k', 'v', 'g_fwd', 'g_bwd']
+    inputs = make_inputs(6, dtype=torch.float32)
+    inputs[names.index(name)] = value(inputs[names.index(name)])
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'error', 'message'),
+    [
+        ('k', lambda x: x.tolist(), TypeError, 'k must be a torch.Tensor, got list'),
+        ('q', lambda x: x.int(), TypeError, 'q must be float16, .*got torch.int32'),
+        ('v', lambda x: x.double(), TypeError, 'v must have dtype torch.float32 .*torch.float64'),
+        ('g_bwd', lambda x: x.half(), TypeError, 'g_bwd must have dtype torch.float32 .*float16'),
+        ('q', lambda x: x[0], ValueError, r'q must have 4 dimensions .*\[6, 3, 4\]'),
+        ('k', lambda x: x[:, :5], ValueError, r'k must have the shape of q, \[2, 6, 3, 4\], .*5'),
+        ('g_fwd', lambda x: x[..., :1], ValueError, 'g_fwd must have the shape of q'),
+        ('v', lambda x: x[:, :, :2], ValueError, r'v must agree with q in \[B, N, H\]'),
+        ('v', lambda x: x[..., :0], ValueError, 'v must have N, H and width >= 1'),
+        ('k', lambda x: x.to('meta'), ValueError, 'k must be on the device of q, cpu, got meta'),
+    ],
+)
+def test_bad_tensors_are_named(name, value, error, message):
+    with pytest.raises(error, match=message):
+        bigla(*replace(name, value))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'backend': 'fast'}, "backend must be 'auto' or one of"),
+        ({'scale': float('nan')}, 'scale must be a finite number, got nan'),
+        ({'gate_normalizer': 0.0}, 'gate_normalizer must be a finite number > 0, got 0.0'),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        bigla(*make_inputs(3), **options)
+
+
+def test_no_tokens_is_an_error():
+    with pytest.raises(ValueError, match='q must have N, H and width >= 1'):
+        bigla(*(x[:, :0] for x in make_inputs(3)))

@@ -1,0 +1,205 @@
+"""Official and own checkpoints: names, wrappers, strictness, reading without running code."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from golden import official_shapes, official_state_dict
+from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModel
+from mmengine.runner import load_checkpoint
+
+from mmvig import checkpoints
+from mmvig.backbones import ViGH
+
+
+@pytest.fixture(scope='module')
+def official():
+    return official_state_dict('tiny')
+
+
+@pytest.fixture(scope='module')
+def loaded(official):
+    model = ViGH('tiny')
+    model.load_state_dict(official)
+    return model.state_dict()
+
+
+def from_file(tmp_path, content, prefix=None, **options):
+    path = tmp_path / 'weights.pth'
+    torch.save(content, path)
+    init_cfg = {'type': 'Pretrained', 'checkpoint': str(path)}
+    if prefix:
+        init_cfg['prefix'] = prefix
+    model = ViGH('tiny', init_cfg=init_cfg, **options)
+    model.init_weights()
+    return model
+
+
+def assert_equal(model, expected):
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
+@pytest.mark.parametrize('classifier', [False, True])
+def test_every_official_name_is_known(arch, classifier):
+    model = ViGH(arch)
+    ours = {checkpoints.our_name(name) for name in official_shapes(arch, classifier)}
+    own = set(model.state_dict())
+    if classifier:
+        assert {name for name in ours if not name.startswith('classifier.')} == {
+            name for name in own if not name.startswith('norm')
+        }
+    else:
+        assert ours == own
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda weights: weights,
+        lambda weights: {'model': weights},
+        lambda weights: {'state_dict': weights, 'meta': {'epoch': 3}},
+        lambda weights: {'model_ema': {f'module.{k}': v for k, v in weights.items()}},
+        lambda weights: {f'module.{k}': v for k, v in weights.items()},
+    ],
+)
+@pytest.mark.parametrize('names', ['official', 'own'])
+def test_wrapped_files_and_dicts(tmp_path, official, loaded, wrap, names):
+    content = wrap(official if names == 'official' else dict(loaded))
+    assert_equal(from_file(tmp_path, content), loaded)
+    model = ViGH('tiny')
+    model.load_state_dict(content)
+    assert_equal(model, loaded)
+
+
+def test_official_classifier_keeps_initial_output_norms(tmp_path, loaded):
+    model = from_file(tmp_path, {'model': official_state_dict('tiny', classifier=True)})
+    for name, value in model.state_dict().items():
+        if name.startswith('norm'):
+            assert (value == float(name.endswith('weight'))).all()
+        else:
+            assert torch.equal(value, loaded[name])
+
+
+@pytest.mark.parametrize('out_indices', [(1, 3), (2,), (0, 1)])
+def test_other_outputs_take_what_they_need(tmp_path, official, loaded, out_indices):
+    assert_equal(from_file(tmp_path, official, out_indices=out_indices), loaded)
+
+
+def test_more_outputs_than_the_file_has(tmp_path, loaded):
+    narrow = ViGH('tiny', out_indices=(3,))
+    narrow.load_state_dict(loaded)
+    model = from_file(tmp_path, narrow.state_dict())
+    assert torch.equal(model.norm3.weight, loaded['norm3.weight'])
+    assert (model.norm0.weight == 1).all()
+
+
+class Detector(BaseModel):
+    """What a detector is to a checkpoint: a backbone and something else."""
+
+    def __init__(self, arch='tiny'):
+        super().__init__()
+        self.backbone = ViGH(arch)
+        self.head = torch.nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def test_our_training_checkpoint(tmp_path, loaded):
+    """A detector's file as mmengine saves it, with a message hub of numpy buffers."""
+    detector = Detector()
+    detector.backbone.load_state_dict(loaded)
+    content = {
+        'meta': {'epoch': 1, 'seed': np.int64(3)},
+        'state_dict': detector.state_dict(),
+        'message_hub': {'loss': HistoryBuffer([1.0, 2.0], [1, 1])},
+    }
+    assert_equal(from_file(tmp_path, content), loaded)
+    assert_equal(from_file(tmp_path, content, prefix='backbone.'), loaded)
+
+
+def test_official_names_inside_a_detector(official, loaded, tmp_path):
+    content = {f'backbone.{name}': value for name, value in official.items()}
+    content.update({'head.weight': torch.zeros(2, 2), 'head.bias': torch.zeros(2)})
+    detector = Detector()
+    detector.load_state_dict(content)
+    assert_equal(detector.backbone, loaded)
+    torch.save({'state_dict': content}, tmp_path / 'detector.pth')
+    detector = Detector()
+    load_checkpoint(detector, str(tmp_path / 'detector.pth'), strict=True)
+    assert_equal(detector.backbone, loaded)
+
+
+def test_mismatches_are_listed(tmp_path, official):
+    broken = dict(official)
+    del broken['layers.2.blocks.3.op.g_norm.weight']
+    del broken['outnorm1.bias']
+    broken['layers.0.blocks.0.extra.weight'] = torch.zeros(3)
+    broken['patch_embed.0.weight'] = torch.zeros(48, 4, 3, 3)
+    expected = [
+        'missing: stages.2.blocks.3.mixer.norm_long.weight',
+        'missing: norm1.bias',
+        'unexpected: layers.0.blocks.0.extra.weight',
+        'shape of stem.down1.conv.weight: [48, 4, 3, 3], expected [48, 3, 3, 3]',
+    ]
+    for load in (ViGH('tiny').load_state_dict, lambda content: from_file(tmp_path, content)):
+        with pytest.raises(RuntimeError) as error:
+            load(broken)
+        for line in expected:
+            assert line in str(error.value)
+
+
+def test_another_arch_is_refused_on_every_way(tmp_path, official):
+    with pytest.raises(RuntimeError, match='does not fit this ViGH'):
+        ViGH('small').load_state_dict(official)
+    with pytest.raises(RuntimeError, match='does not fit this ViGH'):
+        ViGH('base').load_state_dict(official)
+    torch.save({'state_dict': Detector('small').state_dict()}, tmp_path / 'detector.pth')
+    with pytest.raises(RuntimeError, match='unexpected: stages.2.blocks.5'):
+        load_checkpoint(
+            Detector(), str(tmp_path / 'detector.pth')
+        )  # mmengine's default: not strict
+
+
+def test_not_strict_is_not_strict(official):
+    partial = {name: value for name, value in official.items() if name.startswith('patch_embed')}
+    result = ViGH('tiny').load_state_dict(partial, strict=False)
+    assert 'stages.0.blocks.0.norm1.weight' in result.missing_keys
+
+
+def test_loading_leaves_the_callers_dict_alone(official):
+    names = list(official)
+    ViGH('tiny').load_state_dict(official)
+    assert list(official) == names
+
+
+def test_files_that_are_no_checkpoints(tmp_path, official):
+    path = str(tmp_path / 'weights.pth')
+    with pytest.raises(FileNotFoundError, match='weights.pth does not exist'):
+        checkpoints.read(path)
+    torch.save([1, 2], path)
+    with pytest.raises(RuntimeError, match='must hold a state dict, got list'):
+        checkpoints.read(path)
+    torch.save({'state_dict': official}, path)
+    with pytest.raises(RuntimeError, match="no key with the prefix 'neck.'"):
+        checkpoints.read(path, prefix='neck.')
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ('code from a checkpoint ran',)
+
+
+def test_files_do_not_run_code(tmp_path, capsys):
+    path = tmp_path / 'weights.pth'
+    torch.save({'state_dict': Malicious()}, path)
+    with pytest.raises(RuntimeError, match='cannot be read as a checkpoint of tensors'):
+        checkpoints.read(str(path))
+    path.write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(RuntimeError, match='cannot be read as a checkpoint of tensors'):
+        checkpoints.read(str(path))
+    assert 'code from a checkpoint ran' not in capsys.readouterr().out

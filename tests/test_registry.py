@@ -1,0 +1,48 @@
+"""Registry resolution in fresh interpreters: from mmdet's scope, mmseg's scope and none."""
+
+import subprocess
+import sys
+
+import pytest
+
+BUILD = """
+import torch
+{setup}
+model = MODELS.build(dict(type={type!r}, arch='tiny', out_indices=(0, 1, 2, 3)))
+assert type(model).__module__ == 'mmvig.backbones.vig_h', type(model)
+print('built', type(model).__name__)
+"""
+ROOT = 'from mmengine.registry import MODELS'
+CASES = {
+    'no scope': (ROOT, 'mmvig.ViGH'),
+    "mmdet's scope": (
+        'import mmvig.compat\nfrom mmengine.registry import init_default_scope\n'
+        "init_default_scope('mmdet')\nfrom mmdet.registry import MODELS",
+        'mmvig.ViGH',
+    ),
+    "mmseg's scope": (
+        'import mmvig.compat\nfrom mmengine.registry import init_default_scope\n'
+        "init_default_scope('mmseg')\nfrom mmseg.registry import MODELS",
+        'mmvig.ViGH',
+    ),
+    "mmpretrain's scope": (
+        'import mmvig.compat\nfrom mmengine.registry import init_default_scope\n'
+        "init_default_scope('mmpretrain')\nfrom mmpretrain.registry import MODELS",
+        'mmvig.ViGH',
+    ),
+    'custom_imports and no prefix': (
+        ROOT + '\nfrom mmengine.config import Config\n'
+        "cfg = Config.fromstring(\"custom_imports = dict(imports=['mmvig'])\", '.py')",
+        'ViGH',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_resolution(case):
+    setup, type_ = CASES[case]
+    code = BUILD.format(setup=setup, type=type_)
+    result = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, timeout=300
+    )
+    assert result.stdout.strip().endswith('built ViGH'), result.stdout + result.stderr
