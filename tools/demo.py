@@ -40,7 +40,7 @@ def find_images(paths: list[str], out_dir: Path) -> dict[Path, Path]:
     """Expand folders to the images in them, by name, and give each its output path.
 
     Raises:
-        SetupError: A path does not exist, a folder holds no image, or an output path is not free.
+        SetupError: A path is missing, no image or a folder without, or an output is not free.
     """
     outputs = {}
     for path in map(Path, paths):
@@ -51,6 +51,8 @@ def find_images(paths: list[str], out_dir: Path) -> dict[Path, Path]:
                 raise preflight.SetupError(f'folder {path} holds no images')
         for image in found:
             preflight.check_file(str(image), 'image', 'give the path of an image or a folder')
+            if not cv2.haveImageReader(str(image)):
+                raise preflight.SetupError(f'{image} is no image that OpenCV can read')
             output = out_dir / image.name
             if output in outputs.values() or output.resolve() == image.resolve():
                 raise preflight.SetupError(f'{output} would be overwritten: choose other --out-dir')
@@ -104,7 +106,7 @@ PAINTERS = {'mmdet': detection_painter, 'mmseg': segmentation_painter}
 
 def main() -> None:
     """Check the files, save each image with its predictions and print where."""
-    with cli.one_line_errors():
+    with preflight.one_line_errors():
         args = parse_args()
         cfg = cli.read_config_file(args.config)
         if cfg.get('default_scope') not in PAINTERS:
@@ -118,10 +120,7 @@ def main() -> None:
         args.device = args.device or ('cuda:0' if torch.cuda.is_available() else 'cpu')
         paint = PAINTERS[cfg.default_scope](cfg, args)
         for path, output in outputs.items():
-            image = cv2.imread(str(path))
-            if image is None:
-                raise preflight.SetupError(f'{path} is no image that OpenCV can read')
-            paint(image, output)
+            paint(cv2.imread(str(path)), output)
             print(output)
 
 

@@ -15,7 +15,10 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-ROOT = Path(__file__).resolve().parents[1]
+TOOLS = Path(__file__).resolve().parent
+CONFIGS = TOOLS.parent / 'configs/detection'
+GPU_CONFIG = 'maskrcnn_vigh_t_shapes.py'
+CPU_CONFIG = 'maskrcnn_vigh_t_shapes_cpu.py'
 PICTURES = 8
 
 
@@ -26,17 +29,21 @@ def parse_args() -> argparse.Namespace:
         '--work-dir', default='work_dirs/quickstart', help='folder of results; default: %(default)s'
     )
     parser.add_argument(
-        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='as for tools/train.py'
+        '--config', help=f'another detection config; default: {GPU_CONFIG}, on a CPU {CPU_CONFIG}'
     )
     return parser.parse_args()
 
 
+def short(path: str | Path) -> str:
+    """A path as one would type it: relative to the current folder where that is shorter."""
+    return min(os.path.relpath(path), str(path), key=len)
+
+
 def run(script: str, *arguments: str) -> None:
     """Print and run one step; if it fails, end with its exit status."""
-    python = Path(sys.executable)
-    shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
-    print(f'\n$ {shlex.join([str(shown), script, *arguments])}', flush=True)
-    status = subprocess.run([python, script, *arguments], cwd=ROOT).returncode
+    command = [short(sys.executable), short(TOOLS / script), *arguments]
+    print(f'\n$ {shlex.join(command)}', flush=True)
+    status = subprocess.run(command).returncode
     if status:
         print(f'error: {script} failed (status {status}), so the rest is left out', file=sys.stderr)
         sys.exit(status)
@@ -46,31 +53,29 @@ def main() -> None:
     """Run the steps and say what came out."""
     start = time.monotonic()
     args = parse_args()
-    os.chdir(ROOT)
     gpu = torch.cuda.is_available()
-    config = f'configs/detection/maskrcnn_vigh_t_shapes{"" if gpu else "_cpu"}.py'
-    options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
-    if not gpu:
+    config = args.config or short(CONFIGS / (GPU_CONFIG if gpu else CPU_CONFIG))
+    if not (args.config or gpu):
         print('There is no GPU, so this takes smaller images, slimmer heads and fewer iterations.')
 
     work_dir = Path(args.work_dir)
-    run('tools/train.py', config, '--work-dir', str(work_dir), *options)
-    cfg = Config.fromfile(work_dir / Path(config).name)  # as it was trained, options and all
+    run('train.py', config, '--work-dir', str(work_dir))
+    cfg = Config.fromfile(work_dir / Path(config).name)  # as it was trained
     checkpoint = str(work_dir / Path((work_dir / 'last_checkpoint').read_text()).name)
     test_dir = work_dir / 'test'
-    run('tools/test.py', config, checkpoint, '--work-dir', str(test_dir), *options)
+    run('test.py', config, checkpoint, '--work-dir', str(test_dir))
     data = cfg.test_dataloader.dataset
     images = sorted(Path(data.data_root, data.data_prefix.img).iterdir())[:PICTURES]
     pictures = work_dir / 'pictures'
-    run('tools/demo.py', config, checkpoint, *map(str, images), '--out-dir', str(pictures))
-    run('tools/analysis/plot_curves.py', str(work_dir))
+    run('demo.py', config, checkpoint, *map(str, images), '--out-dir', str(pictures))
+    run('analysis/plot_curves.py', str(work_dir))
 
     metrics = json.loads(max(test_dir.glob('*/*.json')).read_text())
     minutes = (time.monotonic() - start) / 60
     device = 'a GPU' if gpu else f'{os.cpu_count()} CPU cores'
     print(
-        '\nMask R-CNN with ViG-H-T on the shapes, from scratch: '
-        f'{cfg.train_cfg.max_iters} iterations, {minutes:.1f} minutes on {device}\n'
+        f'\n{config}: {cfg.train_cfg.max_iters} iterations from scratch, '
+        f'{minutes:.1f} minutes in all on {device}\n'
         f'  box AP      {metrics["coco/bbox_mAP"]:.3f}\n'
         f'  mask AP     {metrics["coco/segm_mAP"]:.3f}\n'
         f'  checkpoint  {checkpoint}\n'

@@ -93,7 +93,7 @@ def use_out(cfg: Config, out: str) -> None:
 
 def main() -> None:
     """Read the config, check its files and test."""
-    with cli.one_line_errors():
+    with preflight.one_line_errors():
         args = parse_args()
         cfg = cli.load_config(args)
         cfg.load_from = args.checkpoint

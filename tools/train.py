@@ -79,7 +79,7 @@ def use_resume(cfg: Config, checkpoint: str) -> None:
 
 def main() -> None:
     """Read the config, check its files and train."""
-    with cli.one_line_errors():
+    with preflight.one_line_errors():
         args = parse_args()
         cfg = cli.load_config(args)
         if args.amp:

@@ -1,4 +1,4 @@
-"""What the programs in ``tools/`` share: arguments, reading the config, errors of one line."""
+"""What the programs in ``tools/`` share: arguments, reading the config, starting mmengine."""
 
 import difflib
 import inspect
@@ -6,15 +6,13 @@ import logging
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from mmvig.engine.preflight import SetupError
+from mmvig.engine.preflight import SetupError, local_rank
 
 logger = logging.getLogger(__name__)
 
@@ -53,17 +51,6 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # Both spellings: torch.distributed.launch passed the first before PyTorch 2, the second since.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a SetupError into one line on stderr and exit status 2."""
-    try:
-        yield
-    except SetupError as error:
-        if _local_rank() == 0:
-            print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
 
 
 def load_config(args: Namespace) -> Config:
@@ -166,7 +153,7 @@ def log_own_messages() -> None:
     handler.setFormatter(logging.Formatter('%(name)s - %(levelname)s - %(message)s'))
     own = logging.getLogger('mmvig')
     own.addHandler(handler)
-    own.setLevel(logging.INFO if _local_rank() == 0 else logging.ERROR)
+    own.setLevel(logging.INFO if local_rank() == 0 else logging.ERROR)
 
 
 def _prepare_for_gloo(cfg: Config) -> None:
@@ -178,8 +165,3 @@ def _prepare_for_gloo(cfg: Config) -> None:
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
     cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
-
-
-def _local_rank() -> int:
-    launchers = ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK')
-    return max(int(os.environ.get(name, 0)) for name in launchers)

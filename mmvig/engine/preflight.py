@@ -4,10 +4,17 @@ mmengine notices a missing file only when it builds the object that reads it, mi
 with a long traceback. Everything here reads the config alone and imports no model library.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
+from __future__ import annotations
 
-from mmengine.config import Config, ConfigDict
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # imported for types alone: a tool should say what is missing at once
+    from mmengine.config import Config, ConfigDict
 
 # Made or downloaded by the data set itself on first use, so never missing.
 _MADE_ON_FIRST_USE = ('Shapes', 'CIFAR', 'MNIST', 'FashionMNIST')
@@ -21,6 +28,23 @@ _WHERE_TO_GET = {
 
 class SetupError(Exception):
     """Something that the user must put right before a run can start, said in one line."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a SetupError into one line on stderr and exit status 2."""
+    try:
+        yield
+    except SetupError as error:
+        if local_rank() == 0:
+            print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+def local_rank() -> int:
+    """This process's number on its node, under any launcher; 0 without one."""
+    launchers = ('LOCAL_RANK', 'SLURM_LOCALID', 'OMPI_COMM_WORLD_LOCAL_RANK')
+    return max(int(os.environ.get(name, 0)) for name in launchers)
 
 
 def check_training(cfg: Config) -> None:

@@ -16,8 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
 
-from mmvig.engine.cli import one_line_errors
-from mmvig.engine.preflight import SetupError
+from mmvig.engine.preflight import SetupError, one_line_errors
 
 BOOKKEEPING = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory'}
 LINE_STYLES = ['-', '--', ':', '-.']
