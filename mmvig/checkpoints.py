@@ -147,18 +147,14 @@ def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool = Tru
     for key in dropped:
         del incoming[key]
     kept = [
-        f'norm{i}'
-        for i in backbone.out_indices
-        if not {f'norm{i}.weight', f'norm{i}.bias'} & {*incoming}
+        f'norm{i}' for i in backbone.out_indices if not {f'norm{i}.weight', f'norm{i}.bias'} & {*incoming}
     ]
     for name in kept:
         incoming.update({f'{name}.{leaf}': own[f'{name}.{leaf}'] for leaf in ('weight', 'bias')})
     if strict:
         _check(backbone, own, incoming)
     if kept:
-        print_log(
-            f'{", ".join(kept)}: not in the checkpoint, initial values kept', logger='current'
-        )
+        print_log(f'{", ".join(kept)}: not in the checkpoint, initial values kept', logger='current')
     state_dict.update({prefix + key: value for key, value in incoming.items()})
 
 

@@ -5,6 +5,8 @@ positions. The sums are products with constant 0/1 matrices, never differences o
 exponent is positive and none loses digits, however strong the gates are. See README.md beside this file.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 # Tokens per chunk: the pairwise decays take K * CHUNK floats a token, the states K * V / CHUNK.
 CHUNK = 8
-# Chunks that are solved at once by their pairwise decays; groups of them by doubling.
+# Chunks that are solved at once by their pairwise decays, and how many may be without grouping.
 GROUP = 16
+UNGROUPED = 32
 # Doubling steps in a traced graph, where N is symbolic: enough for 2^20 groups, 134 million tokens.
 TRACED_STEPS = 20
 
@@ -58,36 +61,16 @@ def _forward(
 
 
 def _split(x: Tensor) -> Tensor:
-    """[B, N, H, D] -> [B, n, H, D, C], zeros after the last token, n a multiple of the group's size."""
+    """[B, N, H, D] -> [B, n, H, D, C], zeros after the last token."""
     num_tokens = x.shape[1]
-    block = CHUNK * _group_size(num_tokens)
     if torch.compiler.is_compiling():
+        block = CHUNK * GROUP
         num_blocks = (num_tokens + 2 * block - 1) // block  # never 1, on which tracing specialises
+        num_chunks = num_blocks * GROUP
     else:
-        num_blocks = -(-num_tokens // block)
-    x = F.pad(x, (0, 0, 0, 0, 0, num_blocks * block - num_tokens))
-    return x.unflatten(1, (num_blocks * (block // CHUNK), CHUNK)).permute(0, 1, 3, 4, 2)
-
-
-def _group_size(num_tokens: int) -> int:
-    """Chunks in a group: GROUP, or all of them if they are fewer."""
-    if torch.compiler.is_compiling():
-        return GROUP
-    return min(GROUP, -(-num_tokens // CHUNK))
-
-
-def _sum_where(mask: Tensor, x: Tensor) -> Tensor:
-    """Sums of ``x [..., C]`` over subsets of C: ``mask [C, ...]`` -> ``[..., prod(...)]``."""
-    return F.linear(x, mask.flatten(1).T.to(x.dtype))
-
-
-def _num_blocks(length: int, size: int) -> int:
-    """Blocks of ``size`` that cover ``length``."""
-    if torch.compiler.is_compiling():
-        return (
-            length + 2 * size - 1
-        ) // size  # never 0 or 1, on which a traced graph would specialise
-    return -(-length // size)
+        num_chunks = -(-num_tokens // CHUNK)
+    x = F.pad(x, (0, 0, 0, 0, 0, num_chunks * CHUNK - num_tokens))
+    return x.unflatten(1, (num_chunks, CHUNK)).permute(0, 1, 3, 4, 2)
 
 
 def _within_chunk(q: Tensor, k: Tensor, la: Tensor, lb: Tensor) -> Tensor:
@@ -99,12 +82,10 @@ def _within_chunk(q: Tensor, k: Tensor, la: Tensor, lb: Tensor) -> Tensor:
     Returns:
         ``[B, n, H, C, C]``; the diagonal counts twice, once for each direction.
     """
-    i = torch.arange(CHUNK, device=q.device)
-    j, t, s = i[:, None, None], i[:, None], i
-    log_decay = _sum_where((s < j) & (j <= t), la) + _sum_where((t <= j) & (j < s), lb)
+    fwd, bwd = (_masks(CHUNK, reverse, q) for reverse in (False, True))
+    log_decay = F.linear(la, fwd['to']) + F.linear(lb, bwd['to'])
     decay = log_decay.exp().unflatten(-1, (CHUNK, CHUNK))
-    twice = torch.eye(CHUNK, dtype=q.dtype, device=q.device) + 1
-    return (q[..., :, None] * decay * k[..., None, :]).sum(-3) * twice
+    return (q[..., :, None] * decay * k[..., None, :]).sum(-3) * fwd['twice']
 
 
 def _from_other_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, reverse: bool) -> Tensor:
@@ -117,20 +98,17 @@ def _from_other_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rever
     Returns:
         ``[B, n, H, C, V]``.
     """
-    i = torch.arange(CHUNK, device=q.device)
-    if reverse:
-        i = CHUNK - 1 - i
-    upto = _sum_where(i[:, None] <= i, log_decay)  # gates between the chunk's entry and a token
-    after = _sum_where(i[:, None] > i, log_decay)  # gates between a token and the chunk's exit
-    update = (k * after.exp()) @ v  # [B, n, H, K, V]
+    masks = _masks(CHUNK, reverse, q)
+    update = (k * F.linear(log_decay, masks['after']).exp()) @ v  # [B, n, H, K, V]
     state = _entry_states(log_decay.sum(-1), update, reverse)
-    return (q * upto.exp()).transpose(-1, -2) @ state
+    return (q * F.linear(log_decay, masks['upto']).exp()).transpose(-1, -2) @ state
 
 
-def _entry_states(log_decay: Tensor, update: Tensor, reverse: bool) -> Tensor:
+def _entry_states(log_decay: Tensor, update: Tensor, reverse: bool, grouped: bool = False) -> Tensor:
     """State at each chunk's entry: S_(c+1) = exp(log_decay_c) S_c + update_c, S = 0 at the first.
 
-    ``reverse`` walks from the last chunk to the first.
+    ``reverse`` walks from the last chunk to the first. A group of chunks is solved at once by its pairwise
+    decays; the entry states of the groups are the same problem, GROUP times smaller (``grouped``).
 
     Args:
         log_decay: ``[B, n, H, K]``.
@@ -139,45 +117,73 @@ def _entry_states(log_decay: Tensor, update: Tensor, reverse: bool) -> Tensor:
     Returns:
         ``[B, n, H, K, V]``.
     """
-    size = _group_size(log_decay.shape[1] * CHUNK)
-    d = log_decay.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2).contiguous()  # [B, m, H, K, G]
-    u = update.unflatten(1, (-1, size)).permute(0, 1, 3, 4, 2, 5)  # [B, m, H, K, G, V]
+    num_chunks = log_decay.shape[1]
+    tracing = torch.compiler.is_compiling()
+    if tracing and grouped:
+        return _entry_states_by_doubling(log_decay, update, reverse)
+    alone = not tracing and num_chunks <= UNGROUPED
+    size = num_chunks if alone else GROUP
+    pad = 0 if tracing else -num_chunks % size  # a traced sequence is split into whole groups
+    d = F.pad(log_decay, (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, size))
+    d = d.permute(0, 1, 3, 4, 2).contiguous()  # [B, m, H, K, G]
+    u = F.pad(update, (0, 0, 0, 0, 0, 0, 0, pad)).unflatten(1, (-1, size))
+    u = u.permute(0, 1, 3, 4, 2, 5)  # [B, m, H, K, G, V]
 
-    i = torch.arange(size, device=d.device)
-    if reverse:
-        i = size - 1 - i
-    j, t, s = i[:, None, None], i[:, None], i
-    between = _sum_where((s < j) & (j < t), d)  # [B, m, H, K, G * G]
-    state = (between.exp().unflatten(-1, (size, size)) * (s < t)) @ u  # [B, m, H, K, G, V]
-
-    group_update = _sum_where(i[:, None] > i, d).exp()[..., None, :] @ u
-    carry = _entry_states_of_groups(d.sum(-1), group_update.squeeze(-2), reverse)
-    state = state + _sum_where(i[:, None] < i, d).exp()[..., None] * carry[..., None, :]
-    return state.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+    masks = _masks(size, reverse, d)
+    between = F.linear(d, masks['between']).exp().unflatten(-1, (size, size))
+    state = (between * masks['before']) @ u  # [B, m, H, K, G, V]
+    if not alone:
+        group_update = F.linear(d, masks['after']).exp()[..., None, :] @ u
+        carry = _entry_states(d.sum(-1), group_update.squeeze(-2), reverse, grouped=True)
+        state = state + F.linear(d, masks['prior']).exp()[..., None] * carry[..., None, :]
+    state = state.permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
+    return state[:, :num_chunks] if pad else state
 
 
-def _entry_states_of_groups(log_decay: Tensor, update: Tensor, reverse: bool) -> Tensor:
-    """The same for groups, by doubling: step i joins each run of 2^i groups to the run before it.
+def _entry_states_by_doubling(log_decay: Tensor, update: Tensor, reverse: bool) -> Tensor:
+    """The same in a fixed number of steps: step i joins each run of 2^i chunks to the run before it.
 
-    Args:
-        log_decay: ``[B, m, H, K]``.
-        update: ``[B, m, H, K, V]``.
-
-    Returns:
-        ``[B, m, H, K, V]``.
+    A traced graph cannot nest groups to a depth that depends on N.
     """
-    num_groups = log_decay.shape[1]
-    steps = TRACED_STEPS if torch.compiler.is_compiling() else (num_groups - 1).bit_length()
-    position = torch.arange(num_groups, device=log_decay.device)
+    num_chunks = log_decay.shape[1]
+    position = torch.arange(num_chunks, device=log_decay.device)
 
     def before(x: Tensor, distance: int) -> Tensor:
         source = position + distance if reverse else position - distance
-        inside = (source >= 0) & (source < num_groups)
-        x_before = x[:, source.clamp(0, num_groups - 1)]
+        inside = (source >= 0) & (source < num_chunks)
+        x_before = x[:, source.clamp(0, num_chunks - 1)]
         return x_before * inside.view(-1, *[1] * (x.ndim - 2))
 
     decay, state = log_decay.exp()[..., None], update
-    for i in range(steps):
+    for i in range(TRACED_STEPS):
         state = state + decay * before(state, 2**i)
         decay = decay * before(decay, 2**i)
     return before(state, 1)
+
+
+def _masks(size: int, reverse: bool, like: Tensor) -> dict[str, Tensor]:
+    """0/1 matrices that sum log gates over part of a run of ``size``, in ``like``'s dtype and device."""
+    make = _make_masks.__wrapped__ if torch.compiler.is_compiling() else _make_masks
+    return make(size, reverse, like.dtype, like.device)
+
+
+@lru_cache(maxsize=64)
+def _make_masks(size: int, reverse: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Rows of a matrix are what F.linear sums to: positions t, or pairs of positions (t, s).
+
+    Positions count in walking order, which ``reverse`` turns round.
+    """
+    with torch.inference_mode(False):  # kept for later calls, which may need gradients
+        i = torch.arange(size, device=device)
+        i = size - 1 - i if reverse else i
+        t, s = i[:, None, None], i[:, None]  # the last dimension, j, is the gate
+        masks = {
+            'to': ((s < i) & (i <= t)).flatten(0, 1),  # from a token to a later one
+            'between': ((s < i) & (i < t)).flatten(0, 1),  # strictly between two chunks
+            'upto': i <= i[:, None],  # from the entry to a token
+            'prior': i < i[:, None],  # from the entry to a chunk's entry
+            'after': i > i[:, None],  # from a token or chunk to the exit
+            'before': i < i[:, None],
+            'twice': torch.eye(size, device=device) + 1,
+        }
+        return {name: mask.to(dtype) for name, mask in masks.items()}
