@@ -51,10 +51,8 @@ def test_operators_need_no_openmmlab():
 def wheel(tmp_path_factory):
     """A wheel built from a copy of the tree, because a build writes next to the sources."""
     folder = tmp_path_factory.mktemp('wheel')
-    ignore = shutil.ignore_patterns(
-        '.*', '__pycache__', '*.egg-info', 'build', 'dist', 'data', 'work_dirs'
-    )
-    shutil.copytree(ROOT, folder / 'tree', ignore=ignore)
+    ignored = ['.*', '__pycache__', '*.egg-info', 'build', 'dist', 'data', 'work_dirs']
+    shutil.copytree(ROOT, folder / 'tree', ignore=shutil.ignore_patterns(*ignored))
     pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', 'wheel', '-q']
     options = ['--no-deps', '--no-build-isolation', '--no-index', '-w', folder]
     subprocess.run([*pip, *options, folder / 'tree'], check=True)
