@@ -159,10 +159,8 @@ def test_another_arch_is_refused_on_every_way(tmp_path, official):
     with pytest.raises(RuntimeError, match='does not fit this ViGH'):
         ViGH('base').load_state_dict(official)
     torch.save({'state_dict': Detector('small').state_dict()}, tmp_path / 'detector.pth')
-    with pytest.raises(RuntimeError, match='unexpected: stages.2.blocks.5'):
-        load_checkpoint(
-            Detector(), str(tmp_path / 'detector.pth')
-        )  # mmengine's default: not strict
+    with pytest.raises(RuntimeError, match=r'unexpected: stages\.2\.blocks\.5'):
+        load_checkpoint(Detector(), str(tmp_path / 'detector.pth'))  # mmengine's default: not strict
 
 
 def test_not_strict_is_not_strict(official):
@@ -179,13 +177,13 @@ def test_loading_leaves_the_callers_dict_alone(official):
 
 def test_files_that_are_no_checkpoints(tmp_path, official):
     path = str(tmp_path / 'weights.pth')
-    with pytest.raises(FileNotFoundError, match='weights.pth does not exist'):
+    with pytest.raises(FileNotFoundError, match=r'weights\.pth does not exist'):
         checkpoints.read(path)
     torch.save([1, 2], path)
     with pytest.raises(RuntimeError, match='must hold a state dict, got list'):
         checkpoints.read(path)
     torch.save({'state_dict': official}, path)
-    with pytest.raises(RuntimeError, match="no key with the prefix 'neck.'"):
+    with pytest.raises(RuntimeError, match=r"no key with the prefix 'neck\."):
         checkpoints.read(path, prefix='neck.')
 
 

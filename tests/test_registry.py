@@ -42,7 +42,5 @@ CASES = {
 def test_resolution(case):
     setup, type_ = CASES[case]
     code = BUILD.format(setup=setup, type=type_)
-    result = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True, timeout=300
-    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
     assert result.stdout.strip().endswith('built ViGH'), result.stdout + result.stderr

@@ -10,7 +10,9 @@ GATE_RANK = 16
 
 
 class GatedTokenMixer(nn.Module):
-    """Token mixer with 2D gated locality injection (arXiv 2405.18425)::
+    """Token mixer with 2D gated locality injection (arXiv 2405.18425).
+
+    The mix of the short and the long context::
 
         u = DWConv3x3(x)                q, k, v = split(W_qkv u)       g_f, g_b = split(W_g2 W_g1 u + b)
         o = BiGLA(q, k, v, g_f, g_b)    g = sigmoid(W_r u + b_r)

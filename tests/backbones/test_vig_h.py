@@ -72,9 +72,7 @@ def test_golden_logits(golden):
         (features,) = model(array('inputvig_h_t/cls', (2, 3, 64, 64)))
     pooled = features.mean((2, 3))
     logits = pooled @ weights['classifier.head.weight'].T + weights['classifier.head.bias']
-    torch.testing.assert_close(
-        logits, torch.from_numpy(golden['vig_h_t/cls/logits']), rtol=0, atol=5e-4
-    )
+    torch.testing.assert_close(logits, torch.from_numpy(golden['vig_h_t/cls/logits']), rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -212,9 +210,7 @@ def test_autocast_trains():
 
 
 def test_exports_with_dynamic_size():
-    model = ViGH(
-        {'embed_dims': 16, 'depths': [1, 1], 'num_heads': [1, 2]}, out_indices=(0, 1)
-    ).eval()
+    model = ViGH({'embed_dims': 16, 'depths': [1, 1], 'num_heads': [1, 2]}, out_indices=(0, 1)).eval()
     sizes = {
         2: torch.export.Dim('height', min=9, max=4096),
         3: torch.export.Dim('width', min=9, max=4096),
