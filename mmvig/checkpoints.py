@@ -8,6 +8,7 @@ our own (``stem.*, stages.*, norm{i}``).
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ def read(checkpoint: str, prefix: str | None = None, map_location: str = 'cpu') 
     """
     path = _local_path(checkpoint)
     previous = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(_message_hub_globals())
+    torch.serialization.add_safe_globals(message_hub_globals())
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
@@ -198,9 +199,19 @@ def _local_path(checkpoint: str) -> Path:
     return path
 
 
-def _message_hub_globals() -> list:
-    """What the log buffers in mmengine's training checkpoints are made of: none runs foreign code."""
+def message_hub_globals() -> list:
+    """What the log buffers in mmengine's training checkpoints are made of, for torch's safe globals."""
     core = getattr(np, '_core', None) or np.core  # numpy < 2 has no _core
     dtypes = {type(np.dtype(name)) for name in ('float32', 'float64', 'int32', 'int64', 'uint32')}
     arrays = [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *dtypes]
-    return [HistoryBuffer, getattr, slice, *arrays]
+    return [HistoryBuffer, _get_method, slice, *arrays]
+
+
+def _get_method(owner: type, name: str):
+    # A HistoryBuffer pickles its methods by getattr, which would be too much to allow of anything else.
+    if owner is not HistoryBuffer:
+        raise UnpicklingError(f'a checkpoint may not ask for {name!r} of {owner!r}')
+    return getattr(owner, name)
+
+
+_get_method.__module__, _get_method.__qualname__, _get_method.__name__ = 'builtins', 'getattr', 'getattr'

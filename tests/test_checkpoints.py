@@ -197,7 +197,18 @@ def test_files_do_not_run_code(tmp_path, capsys):
     torch.save({'state_dict': Malicious()}, path)
     with pytest.raises(RuntimeError, match='cannot be read as a checkpoint of tensors'):
         checkpoints.read(str(path))
-    path.write_bytes(pickle.dumps(Malicious()))
+    path.write_bytes(pickle.dumps(Malicious(), protocol=2))
     with pytest.raises(RuntimeError, match='cannot be read as a checkpoint of tensors'):
         checkpoints.read(str(path))
     assert 'code from a checkpoint ran' not in capsys.readouterr().out
+
+
+class Curious:
+    def __reduce__(self):
+        return getattr, (torch.Tensor, 'backward')
+
+
+def test_files_reach_no_attributes(tmp_path):
+    torch.save({'state_dict': Curious()}, tmp_path / 'weights.pth')
+    with pytest.raises(RuntimeError, match='cannot be read as a checkpoint of tensors'):
+        checkpoints.read(str(tmp_path / 'weights.pth'))
