@@ -181,9 +181,7 @@ def test_norms_and_biases_are_not_decayed(name):
     cfg = load(name)
     model = MODELS.build(cfg.model)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
-    decay = {
-        id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']
-    }
+    decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
     assert len(decay) == len(list(model.parameters()))
 
     norms = (nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)

@@ -9,8 +9,6 @@ default_hooks = dict(
     ),
     visualization=dict(type='SegVisualizationHook'),
 )
-visualizer = dict(
-    type='SegLocalVisualizer', vis_backends={{_base_.vis_backends}}, name='visualizer'
-)
+visualizer = dict(type='SegLocalVisualizer', vis_backends={{_base_.vis_backends}}, name='visualizer')
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=False)
 tta_model = dict(type='SegTTAModel')

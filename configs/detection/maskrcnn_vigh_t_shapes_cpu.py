@@ -39,10 +39,7 @@ tta_pipeline = [
     dict(
         type='TestTimeAug',
         transforms=[
-            [
-                dict(type='Resize', scale=scale, keep_ratio=True)
-                for scale in ((160, 120), (240, 180))
-            ],
+            [dict(type='Resize', scale=scale, keep_ratio=True) for scale in ((160, 120), (240, 180))],
             [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
             [
                 dict(

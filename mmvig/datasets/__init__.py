@@ -8,6 +8,7 @@ import importlib.util
 from typing import NoReturn
 
 import mmvig.compat  # noqa: F401  # before mmdet and mmseg, which import mmcv.ops
+
 from mmvig.registry import DATASETS
 
 

@@ -194,9 +194,7 @@ def _make(root: Path, parameters: dict[str, int]) -> None:
 def main() -> None:
     """Make the data set from the command line."""
     parser = argparse.ArgumentParser(description='Make the generated data set "shapes".')
-    parser.add_argument(
-        '--root', default='data/shapes', help='folder to make, %(default)s by default'
-    )
+    parser.add_argument('--root', default='data/shapes', help='folder to make, %(default)s by default')
     for name, default in _DEFAULTS.items():
         option = f'--{name.replace("_", "-")}'
         parser.add_argument(option, type=int, help=f'{default} by default')

@@ -80,9 +80,7 @@ def test_label_maps_agree_with_instances(root, split):
     coco = COCO(root / 'annotations' / f'instances_{split}.json')
     for image in coco.imgs.values():
         picture = cv2.imread(str(root / 'images' / split / image['file_name']))
-        label_map = cv2.imread(
-            str(root / 'masks' / split / image['file_name']), cv2.IMREAD_UNCHANGED
-        )
+        label_map = cv2.imread(str(root / 'masks' / split / image['file_name']), cv2.IMREAD_UNCHANGED)
         assert picture.shape == (image['height'], image['width'], 3)
         assert label_map.shape == picture.shape[:2] and label_map.dtype == np.uint8
         expected = np.zeros(label_map.shape, int)

@@ -20,10 +20,7 @@ tta_pipeline = [
     dict(
         type='TestTimeAug',
         transforms=[
-            [
-                dict(type='Resize', scale=scale, keep_ratio=True)
-                for scale in ((320, 240), (480, 360))
-            ],
+            [dict(type='Resize', scale=scale, keep_ratio=True) for scale in ((320, 240), (480, 360))],
             [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
             [dict(type='LoadAnnotations')],
             [dict(type='PackSegInputs')],
