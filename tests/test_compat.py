@@ -285,9 +285,7 @@ assert 'mmcv' not in sys.modules
 import mmcv._ext
 assert mmcv._ext.compiled
 """
-    result = subprocess.run(
-        [sys.executable, '-c', program], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert 'mmvig' not in result.stderr
 

@@ -139,9 +139,7 @@ def test_detection_from_quick_start_to_resumed_and_tested(work, tmp_path):
     config, run = work / 'mask_rcnn.py', tmp_path / 'run'
     said = run_well('quickstart.py', '--config', config, '--work-dir', run, cwd=tmp_path)
     for step in ('train.py', 'test.py', 'demo.py', 'plot_curves.py'):
-        assert (
-            len([line for line in said.splitlines() if line.startswith('$') and step in line]) == 1
-        )
+        assert len([line for line in said.splitlines() if line.startswith('$') and step in line]) == 1
     metrics = log_of(run / 'test')
     assert f'box AP      {metrics["coco/bbox_mAP"]:.3f}' in said
     assert f'mask AP     {metrics["coco/segm_mAP"]:.3f}' in said
@@ -182,9 +180,7 @@ def test_segmentation_from_training_to_pictures(work, tmp_path):
     assert len(pictures(tmp_path / 'shown')) == 2
 
     images = work / 'shapes/images/val'
-    said = run_well(
-        'demo.py', config, run / 'iter_2.pth', images, '--out-dir', 'drawn', cwd=tmp_path
-    )
+    said = run_well('demo.py', config, run / 'iter_2.pth', images, '--out-dir', 'drawn', cwd=tmp_path)
     assert said.splitlines()[-2:] == ['drawn/000000.png', 'drawn/000001.png']
     for picture in pictures(tmp_path / 'drawn'):
         assert (cv2.imread(str(picture)) != cv2.imread(str(images / picture.name))).any()
@@ -242,9 +238,7 @@ def test_data_sets_within_wrappers_are_looked_at(tool, tmp_path):
     both = dict(type='ConcatDataset', datasets=[inner, {**inner, 'data_root': 'two'}])
     wrapped = dict(_delete_=True, type='RepeatDataset', times=2, dataset=both)
     config = tmp_path / 'wrapped.py'
-    config.write_text(
-        f'_base_ = [{str(MASK_RCNN)!r}]\ntrain_dataloader = dict(dataset={wrapped})\n'
-    )
+    config.write_text(f'_base_ = [{str(MASK_RCNN)!r}]\ntrain_dataloader = dict(dataset={wrapped})\n')
     line = tool('train.py', config)
     assert 'train_dataloader.dataset.dataset.datasets.1' in line
     assert str(tmp_path / 'two') in line
@@ -400,9 +394,7 @@ def test_launchers_start_what_they_say(tmp_path, script, arguments, expected):
     settings |= dict(SRUN_ARGS='--time 10', PYTHON='python-to-use')
     settings['PATH'] = f'{tmp_path}:{os.environ["PATH"]}'
     command = ['bash', str(TOOLS / script)]
-    done = subprocess.run(
-        [*command, *arguments], env=settings, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([*command, *arguments], env=settings, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected.format(tools=TOOLS)
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 2

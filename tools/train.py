@@ -28,9 +28,7 @@ def parse_args() -> argparse.Namespace:
         help='resume from this checkpoint, or, without a value or with `auto`, from the latest in '
         'the work dir (from the beginning where there is none)',
     )
-    parser.add_argument(
-        '--amp', action='store_true', help='mixed precision: float16, on a CPU bfloat16'
-    )
+    parser.add_argument('--amp', action='store_true', help='mixed precision: float16, on a CPU bfloat16')
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',

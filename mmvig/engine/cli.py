@@ -36,9 +36,7 @@ class _CfgOptions(DictAction):
 
 def add_shared_arguments(parser: ArgumentParser) -> None:
     """Add the arguments that training and testing have in common."""
-    parser.add_argument(
-        '--work-dir', help='folder for logs and results; default: ./work_dirs/CONFIG_NAME'
-    )
+    parser.add_argument('--work-dir', help='folder for logs and results; default: ./work_dirs/CONFIG_NAME')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -65,9 +63,7 @@ def load_config(args: Namespace) -> Config:
     merge_options(cfg, args.cfg_options)
     cfg.launcher = args.launcher
     # The command line wins over the config, which wins over the config's name.
-    cfg.work_dir = (
-        args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
-    )
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     return cfg
 
 
@@ -122,9 +118,7 @@ def merge_options(cfg: Config, options: dict) -> None:
             cfg.merge_from_dict({key: value})
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             reason = str(error).strip('"').splitlines()[0][:200]
-            raise SetupError(
-                f'--cfg-options {key} does not fit {cfg.filename}: {reason}'
-            ) from error
+            raise SetupError(f'--cfg-options {key} does not fit {cfg.filename}: {reason}') from error
 
 
 def _moved(value, old: str, new: str):

@@ -174,9 +174,7 @@ def _is_remote(path: str) -> bool:
 
 def _how(cfg: Config, path: str, option: str) -> str:
     """How to get a data set, if it is one we know, and how to say that it lies elsewhere."""
-    elsewhere = (
-        f'name its place with --cfg-options {"data_root=DIR" if "data_root" in cfg else option}'
-    )
+    elsewhere = f'name its place with --cfg-options {"data_root=DIR" if "data_root" in cfg else option}'
     for folder, where in _WHERE_TO_GET.items():
         if Path(path).is_relative_to(folder):
             return f'get {where} and unpack it to {folder}, or {elsewhere}'

@@ -178,9 +178,7 @@ def main() -> None:
         names = [Path(run).resolve().name for run in args.runs]
         if len(set(names)) < len(names):
             names = args.runs
-        runs = {
-            name: read_run(scalar_files(run)) for name, run in zip(names, args.runs, strict=True)
-        }
+        runs = {name: read_run(scalar_files(run)) for name, run in zip(names, args.runs, strict=True)}
         keys = choose_keys(list(runs.values()), args.keys)
     first = Path(args.runs[0])
     out = Path(args.out or (first if first.is_dir() else first.parent) / 'curves.png')
