@@ -8,7 +8,6 @@ import importlib.util
 import logging
 import sys
 from importlib.machinery import PathFinder
-from pickle import UnpicklingError
 
 logger = logging.getLogger(__name__)
 
@@ -43,27 +42,16 @@ def _let_torch_load_mmengine_checkpoints() -> None:
     """
     if importlib.util.find_spec('mmengine') is None:
         return
-    import numpy as np
     import torch
-    from mmengine.logging import HistoryBuffer
     from mmengine.runner import checkpoint
     from mmengine.utils import digit_version
 
-    if digit_version(torch.__version__) < digit_version('2.6') or hasattr(
+    from mmvig.checkpoints import message_hub_globals
+
+    if digit_version(torch.__version__) >= digit_version('2.6') and not hasattr(
         checkpoint, 'get_torch_safe_globals'
     ):
-        return
-
-    def get_method(owner: type, name: str):
-        # HistoryBuffer pickles its methods through getattr, which is safe for no other owner.
-        if owner is not HistoryBuffer:
-            raise UnpicklingError(f'a checkpoint may not ask for {name!r} of {owner!r}')
-        return getattr(owner, name)
-
-    multiarray = (np._core if hasattr(np, '_core') else np.core).multiarray
-    dtypes = [type(np.dtype(name)) for name in ('float32', 'float64', 'int32', 'int64')]
-    arrays = [np.ndarray, np.dtype, *dtypes, multiarray._reconstruct, multiarray.scalar]
-    torch.serialization.add_safe_globals([HistoryBuffer, (get_method, 'builtins.getattr'), *arrays])
+        torch.serialization.add_safe_globals(message_hub_globals())
 
 
 _stand_in_for_mmcv_ext()
