@@ -14,6 +14,7 @@ import pytest
 from mmengine.config import Config
 
 from mmvig.datasets.shapes import ensure_shapes
+from mmvig.engine import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / 'tools'
@@ -399,3 +400,11 @@ def test_launchers_start_what_they_say(tmp_path, script, arguments, expected):
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith('usage:')
+
+
+def test_gloo_processes_train_without_sync_bn():
+    """Torch's SyncBN runs on GPUs only."""
+    cfg = Config.fromfile(UPERNET)
+    assert cli._without_sync_bn(cfg.model)
+    assert cfg.model.decode_head.norm_cfg.type == cfg.model.auxiliary_head.norm_cfg.type == 'BN'
+    assert not cli._without_sync_bn(cfg.model)

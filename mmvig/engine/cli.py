@@ -153,9 +153,22 @@ def log_own_messages() -> None:
 def _prepare_for_gloo(cfg: Config) -> None:
     """Set up what mmengine's own initialisation does only for processes with a GPU each."""
     torch.distributed.init_process_group('gloo')
+    if _without_sync_bn(cfg.model):
+        logger.info('SyncBN needs GPUs: each process normalises its own part of the batch instead.')
     wrapper = dict(
         type='MMDistributedDataParallel',
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
     cfg.model_wrapper_cfg = {**wrapper, **cfg.get('model_wrapper_cfg', {}), 'device_ids': None}
+
+
+def _without_sync_bn(node) -> bool:
+    """Turn every SyncBN of a model's config into BN; return whether there was one."""
+    found = False
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, (dict, list, tuple)):
+            found |= _without_sync_bn(value)
+        elif key == 'type' and value == 'SyncBN':
+            node[key], found = 'BN', True
+    return found
