@@ -14,5 +14,7 @@ except ImportError as error:
     ) from error
 
 MODELS = _root.Registry('model', parent=_root.MODELS, scope='mmvig', locations=['mmvig.backbones'])
-DATASETS = _root.Registry('dataset', parent=_root.DATASETS, scope='mmvig', locations=['mmvig.datasets'])
+DATASETS = _root.Registry(
+    'dataset', parent=_root.DATASETS, scope='mmvig', locations=['mmvig.datasets.registered']
+)
 HOOKS = _root.Registry('hook', parent=_root.HOOKS, scope='mmvig', locations=['mmvig.engine'])

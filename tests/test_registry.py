@@ -30,6 +30,11 @@ CASES = {
         "init_default_scope('mmpretrain')\nfrom mmpretrain.registry import MODELS",
         'mmvig.ViGH',
     ),
+    'custom_imports after mmvig was imported': (
+        'import mmvig\nimport mmvig.compat\n' + ROOT + '\nfrom mmengine.config import Config\n'
+        "cfg = Config.fromstring(\"custom_imports = dict(imports=['mmvig'])\", '.py')",
+        'ViGH',
+    ),
     'custom_imports and no prefix': (
         ROOT + '\nfrom mmengine.config import Config\n'
         "cfg = Config.fromstring(\"custom_imports = dict(imports=['mmvig'])\", '.py')",

@@ -4,6 +4,7 @@
 part does nothing where its trouble is absent.
 """
 
+import importlib
 import importlib.util
 import logging
 import sys
@@ -54,5 +55,16 @@ def _let_torch_load_mmengine_checkpoints() -> None:
         torch.serialization.add_safe_globals(message_hub_globals())
 
 
+def _register_for_custom_imports() -> None:
+    """Register the backbones under their bare names.
+
+    Why: a config's ``custom_imports=['mmvig']`` does that by importing mmvig, which does nothing when
+    mmvig is there already, as it is here. Can go with mmengine's ``custom_imports``.
+    """
+    if importlib.util.find_spec('mmengine') is not None:
+        importlib.import_module('mmvig.backbones')
+
+
 _stand_in_for_mmcv_ext()
 _let_torch_load_mmengine_checkpoints()
+_register_for_custom_imports()

@@ -11,7 +11,7 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-import mmvig.datasets
+import mmvig.datasets.registered
 from mmvig.datasets import shapes
 from mmvig.datasets.scene import CLASSES
 from mmvig.datasets.shapes import ensure_shapes
@@ -184,7 +184,7 @@ def test_a_missing_library_is_named_when_its_data_set_is_asked_for(monkeypatch):
         importlib.util, 'find_spec', lambda name: None if name == 'mmseg' else find_spec(name)
     )
     monkeypatch.setattr(DATASETS, '_module_dict', {})
-    importlib.reload(mmvig.datasets)
+    importlib.reload(mmvig.datasets.registered)
     assert set(DATASETS.module_dict) == {'ShapesSegDataset'}
     with pytest.raises(ImportError, match='ShapesSegDataset needs mmseg'):
         DATASETS.build({'type': 'mmvig.ShapesSegDataset', 'data_root': 'data/shapes'})
