@@ -17,4 +17,3 @@ MODELS = _root.Registry('model', parent=_root.MODELS, scope='mmvig', locations=[
 DATASETS = _root.Registry(
     'dataset', parent=_root.DATASETS, scope='mmvig', locations=['mmvig.datasets.registered']
 )
-HOOKS = _root.Registry('hook', parent=_root.HOOKS, scope='mmvig', locations=['mmvig.engine'])
