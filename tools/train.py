@@ -47,7 +47,7 @@ def use_amp(cfg: Config) -> None:
         )
     if get_device() == 'cpu':
         cfg.optim_wrapper.type = 'mmvig.engine.amp.CpuAmpOptimWrapper'
-        cfg.optim_wrapper.pop('loss_scale')
+        cfg.optim_wrapper.pop('loss_scale', None)
         logger.info('--amp: there is no GPU, so this trains in bfloat16 instead of float16.')
     elif kind == 'OptimWrapper':
         cfg.optim_wrapper.type = 'AmpOptimWrapper'

@@ -131,7 +131,7 @@ def _entry_states(log_decay: Tensor, update: Tensor, reverse: bool, grouped: boo
 
     masks = _masks(size, reverse, d)
     between = F.linear(d, masks['between']).exp().unflatten(-1, (size, size))
-    state = (between * masks['before']) @ u  # [B, m, H, K, G, V]
+    state = (between * masks['prior']) @ u  # [B, m, H, K, G, V]
     if not alone:
         group_update = F.linear(d, masks['after']).exp()[..., None, :] @ u
         carry = _entry_states(d.sum(-1), group_update.squeeze(-2), reverse, grouped=True)
@@ -181,9 +181,8 @@ def _make_masks(size: int, reverse: bool, dtype: torch.dtype, device: torch.devi
             'to': ((s < i) & (i <= t)).flatten(0, 1),  # from a token to a later one
             'between': ((s < i) & (i < t)).flatten(0, 1),  # strictly between two chunks
             'upto': i <= i[:, None],  # from the entry to a token
-            'prior': i < i[:, None],  # from the entry to a chunk's entry
+            'prior': i < i[:, None],  # from the entry to a chunk's entry; also, which chunks come before
             'after': i > i[:, None],  # from a token or chunk to the exit
-            'before': i < i[:, None],
             'twice': torch.eye(size, device=device) + 1,
         }
         return {name: mask.to(dtype) for name, mask in masks.items()}
