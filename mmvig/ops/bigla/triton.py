@@ -14,6 +14,8 @@ from torch import Tensor
 from mmvig.ops.bigla import kernels
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+# Older launchers take other arguments.
+FAST_LAUNCH = not INTERPRETED and tuple(map(int, triton.__version__.split('.')[:2])) >= (3, 4)
 MIN_CAPABILITY = (8, 0)
 # Largest number of elements between a chunk's first and last token: offsets within a chunk are 32-bit.
 MAX_CHUNK_SPAN = 2**31
@@ -51,17 +53,33 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     chunks = 1
     while chunks < 8 and states > 0.2 * inputs * chunks:
         chunks *= 2
+    exact = dtype == torch.float32
+    blocks = {'K': key_dim, 'V': value_dim, 'BT': block_t, 'BK': block_k, 'BV': block_v, 'EXACT': exact}
     return {
         'chunks': chunks,
         'state_dtype': state_dtype,
-        'state_mode': pair_mode,
-        'blocks': {'K': key_dim, 'V': value_dim, 'BT': block_t, 'BK': block_k, 'BV': block_v},
-        'states': {'R': 4, 'num_warps': 4},
-        'output': {'R': 4, 'num_warps': 4},
-        'gradient': {'R': 8, 'num_warps': 2},
-        'modes': {'PAIR_MODE': pair_mode, 'MODE': mode},
-        'exact': dtype == torch.float32,
+        'states': {**blocks, 'MODE': pair_mode, 'R': 4, 'num_warps': 4},
+        'output': {**blocks, 'PAIR_MODE': pair_mode, 'MODE': mode, 'R': 4, 'num_warps': 4},
+        'gradient': {**blocks, 'MODE': mode, 'R': 8, 'num_warps': 2},
+        'scan': {'K': key_dim, 'V': value_dim, 'BS': 64, 'BE': 32, 'num_warps': 4},
+        'exact': exact,
     }
+
+
+# Compiled kernels by (kernel, what it was compiled for): Triton's own look-up takes longer than a small launch.
+_compiled: dict = {}
+
+
+def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: dict) -> None:
+    """Launch ``kernel``; ``key``: all that its compilation depends on besides ``constants``, or () for a fresh look-up."""
+    key = (kernel, key, *constants.values())
+    if key in _compiled:
+        compiled, values = _compiled[key]
+        compiled[grid](*args, *values)
+        return
+    compiled = kernel[grid](*args, **constants, num_stages=1)
+    if FAST_LAUNCH and key[1] and max(x for x in args if isinstance(x, int)) < 2**31:
+        _compiled[key] = compiled, [constants[name] for name in kernel.arg_names if name in constants]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float, normalizer: float, o: Tensor) -> None:
@@ -71,32 +89,55 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: floa
     if batch == 0:
         return
     p = plan(key_dim, value_dim, v.dtype)
-    blocks = p['blocks']
-    q, k, v, gf, gb = (addressable(x, blocks['BT']) for x in (q, k, v, gf, gb))
-    chunks = p['chunks']
-    num_segments = triton.cdiv(num_tokens, blocks['BT'] * chunks)
-    inputs = (q, k, v, gf, gb, o)
+    chunks, block_t = p['chunks'], p['output']['BT']
+    inputs = (*(addressable(x, block_t) for x in (q, k, v, gf, gb)), o)
     unit = alignment(inputs)
-    strides = [s for x in inputs for s in element_strides(x, unit)]
-    constants = {'UNIT': unit, 'EXACT': p['exact'], 'NC': chunks, **blocks}
-    factors = (scale / 2, 1 / normalizer)
+    common = (scale / 2, 1 / normalizer)
+    strides = element_strides(inputs, unit)
+    num_segments = triton.cdiv(num_tokens, block_t * chunks)
     n_states = batch * heads * num_segments
-    v_blocks = triton.cdiv(value_dim, blocks['BV'])
-    with device_of(q):
-        state = v
+    key = compile_key(v, gf, gb, unit)
+    with torch.cuda.device_of(q):
+        state = None
         if num_segments > 1:
             state = v.new_empty(2, n_states, key_dim, value_dim, dtype=p['state_dtype'])
-            decay = v.new_empty(2, n_states, key_dim, dtype=torch.float32)
-            kernels.states_kernel[(n_states, v_blocks)](
-                *inputs, state, decay, num_tokens, heads, n_states, *strides, *factors,
-                MODE=p['state_mode'], BACKWARD=False, **constants, **p['states'], num_stages=1,
-            )  # fmt: skip
-            scan(state, decay, batch * heads, num_segments)
-        num_chunks = triton.cdiv(num_tokens, blocks['BT'])
-        kernels.output_kernel[(batch * heads * num_chunks, v_blocks)](
-            *inputs, state, num_tokens, heads, n_states, *strides, *factors,
-            **p['modes'], **constants, **p['output'], num_stages=1,
+            make_states(inputs, state, num_segments, chunks, strides, common, unit, key, p)
+        n_chunks = batch * heads * triton.cdiv(num_tokens, block_t)
+        strong = v.new_empty(n_chunks, dtype=torch.uint8)
+        sizes = (num_tokens, heads, n_states, n_chunks)
+        pointers = (*inputs, v if state is None else state, strong)
+        constants = {'NC': chunks, 'UNIT': unit, 'SWAP': False}
+        blocks_v = triton.cdiv(value_dim, p['output']['BV'])
+        mild_then_strong(
+            kernels.output_kernel, key, n_chunks, (blocks_v,), (*pointers, *sizes, *strides, *common),
+            {**p['output'], **constants}, strong, p['exact'],
         )  # fmt: skip
+
+
+def make_states(inputs, state, num_segments, chunks, strides, common, unit, key, p) -> None:
+    """Fill ``state [2 or 4, B * H * segments, K, V]`` with the states that leave each segment."""
+    _, num_tokens, heads, _ = inputs[0].shape
+    kinds, n_states, key_dim, value_dim = state.shape
+    decay = state.new_empty(2, n_states, key_dim, dtype=torch.float32)
+    launch(
+        kernels.states_kernel, key, (n_states, triton.cdiv(value_dim, p['states']['BV']), 1),
+        (*inputs, state, decay, num_tokens, heads, n_states, *strides, *common),
+        {**p['states'], 'NC': chunks, 'UNIT': unit, 'BACKWARD': kinds == 4},
+    )  # fmt: skip
+    blocks = triton.cdiv(key_dim * value_dim, p['scan']['BE'])
+    args = (state, decay, num_segments, n_states)
+    launch(kernels.scan_kernel, key, (blocks, n_states // num_segments, kinds), args, p['scan'])
+
+
+def mild_then_strong(kernel, key, n_chunks, rest, args, constants, strong, exact) -> None:
+    """Run ``kernel`` on all chunks in the factored form, then on those it marked as too strong for that; by levels on
+    all if ``exact``."""
+    if exact:
+        strong.fill_(1)
+        launch(kernel, key, (n_chunks, *rest, 1), args, {**constants, 'STRONG': True, 'GROUP': 1})
+    else:
+        launch(kernel, key, (n_chunks, *rest, 1), args, {**constants, 'STRONG': False, 'GROUP': 1})
+        launch(kernel, key, (triton.cdiv(n_chunks, 16), *rest, 1), args, {**constants, 'STRONG': True, 'GROUP': 16})
 
 
 def backward(
@@ -108,38 +149,39 @@ def backward(
     if batch == 0:
         return
     p = plan(key_dim, value_dim, v.dtype)
-    blocks = p['blocks']
-    q, k, v, gf, gb, do = inputs = tuple(addressable(x, blocks['BT']) for x in (q, k, v, gf, gb, do))
-    num_chunks = triton.cdiv(num_tokens, blocks['BT'])
-    unit, out_unit = alignment(inputs), alignment(grads)
-    strides = [s for x in inputs for s in element_strides(x, unit)]
-    out_strides = [s for x in grads for s in element_strides(x, out_unit)]
-    constants = {'UNIT': unit, 'EXACT': p['exact'], **blocks}
-    factors = (scale / 2, 1 / normalizer)
-    n_states = batch * heads * num_chunks
-    with device_of(q):
+    block_t = p['output']['BT']
+    q, k, v, gf, gb, do = inputs = tuple(addressable(x, block_t) for x in (q, k, v, gf, gb, do))
+    dq, dk, dv, dgf, dgb = grads
+    unit = alignment((*inputs, *grads))
+    common = (scale / 2, 1 / normalizer)
+    num_chunks = triton.cdiv(num_tokens, block_t)
+    n_chunks = batch * heads * num_chunks
+    strides = element_strides(inputs, unit)
+    key = compile_key(v, gf, gb, unit)
+    with torch.cuda.device_of(q):
         state = v
         if num_chunks > 1:
-            state = v.new_empty(4, n_states, key_dim, value_dim, dtype=p['state_dtype'])
-            decay = v.new_empty(2, n_states, key_dim, dtype=torch.float32)
-            kernels.states_kernel[(n_states, triton.cdiv(value_dim, blocks['BV']))](
-                *inputs, state, decay, num_tokens, heads, n_states, *strides, *factors,
-                MODE=p['state_mode'], BACKWARD=True, NC=1, **constants, **p['states'], num_stages=1,
-            )  # fmt: skip
-            scan(state, decay, batch * heads, num_chunks)
-        kernels.gradient_kernel[(n_states,)](
-            *inputs, *grads, state, num_tokens, heads, n_states, *strides, *out_strides, *factors,
-            OUT_UNIT=out_unit, **p['modes'], **constants, **p['gradient'], num_stages=1,
+            state = v.new_empty(4, n_chunks, key_dim, value_dim, dtype=p['state_dtype'])
+            make_states(inputs, state, num_chunks, 1, strides, common, unit, key, p)
+        strong = v.new_empty(n_chunks, dtype=torch.uint8)
+        sizes = (num_tokens, heads, n_chunks, n_chunks)
+        swapped = (q, k, do, gf, gb, dv)
+        mild_then_strong(
+            kernels.output_kernel, key, n_chunks, (triton.cdiv(value_dim, p['output']['BV']),),
+            (*swapped, state, strong, *sizes, *element_strides(swapped, unit), *common),
+            {**p['output'], 'NC': 1, 'UNIT': unit, 'SWAP': True}, strong, p['exact'],
+        )  # fmt: skip
+        outputs = (dq, dk, dgf, dgb)
+        mild_then_strong(
+            kernels.gradient_kernel, key, n_chunks, (1,),
+            (*inputs, *outputs, state, strong, *sizes, *strides, *element_strides(outputs, unit), *common),
+            {**p['gradient'], 'UNIT': unit}, strong, p['exact'],
         )  # fmt: skip
 
 
-def scan(state: Tensor, decay: Tensor, num_sequences: int, num_segments: int) -> None:
-    """Turn ``state [2 or 4, B * H * segments, K, V]`` from what segments add into what leaves them, in place."""
-    kinds, n_states, key_dim, value_dim = state.shape
-    block = 32
-    kernels.scan_kernel[(triton.cdiv(key_dim * value_dim, block), num_sequences, kinds)](
-        state, decay, num_segments, n_states, K=key_dim, V=value_dim, BS=64, BE=block, num_warps=4
-    )
+def compile_key(v: Tensor, gf: Tensor, gb: Tensor, unit: int) -> tuple:
+    """What kernels are compiled for besides constants; () where Triton must look at the arguments itself."""
+    return (v.device, v.dtype, gf.dtype, gb.dtype) if unit > 1 else ()
 
 
 def addressable(x: Tensor, block_t: int) -> Tensor:
@@ -160,15 +202,9 @@ def alignment(tensors: tuple) -> int:
     return 1
 
 
-def element_strides(x: Tensor, unit: int) -> list[int]:
-    """Strides of batch, token and head in units; 0 where there is one."""
-    batch, token, head = (s // unit if n > 1 else 0 for s, n in zip(x.stride()[:3], x.shape, strict=False))
-    return [batch, token, head]
-
-
-def device_of(x: Tensor) -> torch.cuda.device:
-    """Launch on the tensors' device, not the current one."""
-    return torch.cuda.device_of(x)
+def element_strides(tensors: tuple, unit: int) -> list[int]:
+    """Strides of batch, token and head of each tensor in units; 0 where there is one."""
+    return [s // unit if n > 1 else 0 for x in tensors for s, n in zip(x.stride()[:3], x.shape, strict=False)]
 
 
 @torch.library.custom_op('mmvig::bigla', mutates_args=())
