@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mmvig.ops.bigla import bigla, check_backend
+from mmvig.ops.bigla import bigla_packed, check_backend
 
 # Width of the low-rank step that makes the decay gates' logits.
 GATE_RANK = 16
@@ -50,15 +50,13 @@ class GatedTokenMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens: ``[B, H, W, C]`` -> ``[B, H, W, C]``."""
-        channels = x.shape[-1]
         u = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last in memory
         tokens = u.flatten(1, 2)  # [B, N, C]
-        q, k, v = self.qkv(tokens).split([channels // 2, channels // 2, channels], dim=-1)
-        g_fwd, g_bwd = self.decay_up(self.decay_down(tokens)).chunk(2, dim=-1)
-        o = bigla(*map(self._heads, (q, k, v, g_fwd, g_bwd)), backend=self.backend)
+        decay_gates = self.decay_up(self.decay_down(tokens))
+        o = bigla_packed(self.qkv(tokens), decay_gates, self.num_heads, backend=self.backend)
 
         gate = self._heads(self.mix_gate(tokens).sigmoid())
-        long = self._norm(self.norm_long, o)
+        long = self._norm(self.norm_long, self._heads(o))
         short = self._norm(self.norm_short, self._heads(tokens))
         return self.out(torch.lerp(short, long, gate.to(long.dtype)).reshape(x.shape))
 

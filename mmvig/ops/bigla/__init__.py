@@ -4,6 +4,8 @@ Source: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated
 AAAI 2025 (arXiv 2405.18425), bidirectional gated linear attention.
 """
 
+import importlib
+import logging
 import math
 
 import torch
@@ -12,9 +14,9 @@ from torch import Tensor
 from mmvig.ops.bigla.chunked import bigla_chunked
 from mmvig.ops.bigla.reference import bigla_reference
 
-__all__ = ['BACKENDS', 'bigla']
+__all__ = ['BACKENDS', 'bigla', 'bigla_packed']
 
-BACKENDS = {'reference': bigla_reference, 'chunked': bigla_chunked}
+BACKENDS = ('reference', 'chunked', 'triton')
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,32 +49,131 @@ def bigla(
         g_bwd: backward decay gate, raw logits ``[B, N, H, K]``, in q's dtype or float32.
         scale: factor on the queries. None: K ** -0.5.
         gate_normalizer: divisor of the log gates, > 0. Default: 16.
-        backend: 'reference' (token loop, the definition), 'chunked' (plain PyTorch, any device) or
-            'auto' (the fastest that runs here). Default: 'auto'.
+        backend: 'reference' (token loop, the definition), 'chunked' (plain PyTorch, any device),
+            'triton' (CUDA devices from compute capability 8.0, no float64, K and V up to 256; no second
+            derivative) or 'auto': 'triton' where it can, else 'chunked'. Default: 'auto'.
 
     Returns:
         ``[B, N, H, V]`` in v's dtype. Sums are accumulated in float32 (float64 for float64 inputs).
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or dtypes disagree.
-        ValueError: ranks, sizes or devices disagree, or an option is out of its range.
+        ValueError: ranks, sizes or devices disagree, an option is out of its range, or 'triton' cannot take
+            these inputs.
     """
     _check_tensors(q, k, v, g_fwd, g_bwd)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if not abs(scale) < math.inf:
-        raise ValueError(f'scale must be a finite number, got {scale}')
-    if not 0 < gate_normalizer < math.inf:
-        raise ValueError(f'gate_normalizer must be a finite number > 0, got {gate_normalizer}')
-    check_backend(backend)
-    function = BACKENDS['chunked' if backend == 'auto' else backend]
-    return function(q, k, v, g_fwd, g_bwd, scale, gate_normalizer)
+    scale = _check_options(scale, gate_normalizer, q.shape[-1])
+    backend = _choose(backend, q, q.shape[-1], v.shape[-1])
+    inputs = (q, k, v, g_fwd, g_bwd)
+    if backend == 'triton':
+        return _triton().bigla_op(*inputs, scale, gate_normalizer)
+    return (bigla_chunked if backend == 'chunked' else bigla_reference)(*inputs, scale, gate_normalizer)
+
+
+def bigla_packed(
+    qkv: Tensor,
+    gates: Tensor,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    gate_normalizer: float = 16.0,
+    backend: str = 'auto',
+) -> Tensor:
+    """:func:`bigla` on the outputs of two fused projections, as they are in memory.
+
+    The Triton backend reads both in place and writes their gradients in place, so that autograd has nothing to
+    concatenate.
+
+    Args:
+        qkv: queries, keys and values side by side ``[B, N, H * (2 K + V)]``, heads contiguous within each.
+        gates: raw logits of the forward and backward gate side by side ``[B, N, 2 * H * K]``.
+        num_heads: H.
+        scale, gate_normalizer, backend: see :func:`bigla`.
+
+    Returns:
+        ``[B, N, H * V]`` in qkv's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`bigla`, or the widths do not divide into heads.
+    """
+    for name, x in (('qkv', qkv), ('gates', gates)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f'{name} must be a torch.Tensor, got {type(x).__name__}')
+        if x.ndim != 3:
+            raise ValueError(f'{name} must have 3 dimensions [B, N, channels], got {_shape(x)}')
+    key_width, value_width = gates.shape[-1] // 2, qkv.shape[-1] - gates.shape[-1]
+    if num_heads < 1 or gates.shape[-1] % (2 * num_heads) or value_width <= 0 or value_width % num_heads:
+        raise ValueError(
+            f'qkv and gates must be H * (2 K + V) and 2 * H * K wide with H = {num_heads}, '
+            f'got {_shape(qkv)} and {_shape(gates)}'
+        )
+    parts = (*qkv.split([key_width, key_width, value_width], dim=-1), *gates.chunk(2, dim=-1))
+    views = [x.unflatten(-1, (num_heads, -1)) for x in parts]
+    backend = _choose(backend, qkv, key_width // num_heads, value_width // num_heads)
+    if backend != 'triton':
+        options = {'scale': scale, 'gate_normalizer': gate_normalizer, 'backend': backend}
+        return bigla(*views, **options).flatten(2)
+    _check_tensors(*views)
+    scale = _check_options(scale, gate_normalizer, key_width // num_heads)
+    return _triton().bigla_packed_op(qkv, gates, num_heads, scale, gate_normalizer)
 
 
 def check_backend(backend: str) -> None:
     """Raise ValueError unless ``backend`` is 'auto' or the name of a backend."""
     if backend != 'auto' and backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+
+
+def _choose(backend: str, x: Tensor, key_dim: int, value_dim: int) -> str:
+    """The backend to run for inputs like ``x``; raises ValueError where 'triton' is asked for and cannot run."""
+    check_backend(backend)
+    if backend not in ('auto', 'triton'):
+        return backend
+    if backend == 'auto' and x.device.type == 'cpu':
+        return 'chunked'
+    reason = _why_not_triton(x.device.type, x.device.index, x.dtype, key_dim, value_dim)
+    if reason is None:
+        return 'triton'
+    if backend == 'triton':
+        raise ValueError(f"backend 'triton' cannot run here: {reason}; use backend='auto' or 'chunked'")
+    _announce(reason)
+    return 'chunked'
+
+
+@torch.compiler.assume_constant_result
+def _why_not_triton(
+    device_type: str, index: int | None, dtype: torch.dtype, key_dim: int, value_dim: int
+) -> str | None:
+    try:
+        module = _triton()
+    except ImportError as error:
+        return f'Triton cannot be imported ({error})'
+    return module.unavailable(torch.device(device_type, index), dtype, key_dim, value_dim)
+
+
+@torch.compiler.assume_constant_result
+def _announce(reason: str) -> None:
+    if reason not in _announced:
+        _announced.add(reason)
+        logging.getLogger('mmvig').warning("bigla runs on the slower 'chunked' backend, not on 'triton': %s", reason)
+
+
+_announced: set[str] = set()
+
+
+def _triton():
+    # On first use: importing Triton takes a while, and machines without a GPU never need it.
+    return importlib.import_module('mmvig.ops.bigla.triton')
+
+
+def _check_options(scale: float | None, gate_normalizer: float, key_dim: int) -> float:
+    if scale is None:
+        scale = key_dim**-0.5
+    if not abs(scale) < math.inf:
+        raise ValueError(f'scale must be a finite number, got {scale}')
+    if not 0 < gate_normalizer < math.inf:
+        raise ValueError(f'gate_normalizer must be a finite number > 0, got {gate_normalizer}')
+    return float(scale)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_bwd: Tensor) -> None:

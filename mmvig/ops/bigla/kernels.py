@@ -243,37 +243,53 @@ def states_kernel(
 
 @triton.jit
 def join(decay_a, state_a, decay_b, state_b):
-    """Two runs of segments, a first, as one: (decay, state)."""
+    """Two runs of segments, a first, as one: (decay over it, state after it)."""
     return decay_a * decay_b, decay_b * state_a + state_b
 
 
-@triton.jit(do_not_specialize=INTS)
-def scan_kernel(p_state, p_decay, NS, n_states, K: tl.constexpr, V: tl.constexpr, BS: tl.constexpr,
-                BE: tl.constexpr):  # fmt: skip
-    """Turn what each segment adds to a state into the state that leaves it, in place.
+@triton.jit
+def join_before(decay_a, state_a, part_a, before_a, decay_b, state_b, part_b, before_b):
+    """The same with (decay to, state at) the start of the last."""
+    return decay_a * decay_b, decay_b * state_a + state_b, decay_a * part_b, part_b * state_a + before_b
 
-    States 0 and 3 run from the first segment to the last, 1 and 2 the other way; 0 and 2 with the forward decay.
+
+@triton.jit(do_not_specialize=INTS)
+def scan_kernel(p_state, p_decay, NS, n_states, K: tl.constexpr, V: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+                BV: tl.constexpr):  # fmt: skip
+    """Turn what each segment adds to a state into the state that leaves it, in place; one row of states a program.
+
+    States 0 and 3 run from the first segment to the last, 1 and 2 the other way; 0 and 2 with the forward decay. BW runs
+    of BR segments at once: a run is summed in one thread's registers.
     """
-    i_e = tl.program_id(0)
+    i_k = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
     i_z = tl.program_id(2)
     reverse = (i_z == 1) | (i_z == 2)
-    o_e = i_e * BE + tl.arange(0, BE)
-    o_i = tl.arange(0, BS)
-    p_state += (i_z * n_states.to(tl.int64) + i_bh * NS) * (K * V)
-    p_decay += ((i_z % 2) * n_states.to(tl.int64) + i_bh * NS) * K
-    carry = tl.zeros((BE,), tl.float32)
-    for i in range(0, NS, BS):
-        o_s = i + o_i
-        m = (o_s < NS)[:, None] & (o_e < K * V)[None, :]
+    PAIR: tl.constexpr = 2 if V % 2 == 0 else 1
+    o_w = tl.arange(0, BW)
+    o_r = tl.arange(0, BR)
+    o_v = tl.arange(0, BV)
+    p_state += (i_z * n_states.to(tl.int64) + i_bh * NS) * (K * V) + i_k * V
+    p_decay += ((i_z % 2) * n_states.to(tl.int64) + i_bh * NS) * K + i_k
+    carry = tl.zeros((BV,), tl.float32)
+    for i in range(0, NS, BW * BR):
+        o_s = i + o_w[:, None] * BR + o_r[None, :]
+        m = o_s < NS
         o_s = tl.where(reverse, NS - 1 - o_s, o_s)
-        off = o_s[:, None].to(tl.int64) * (K * V) + o_e[None, :]
-        state = tl.load(p_state + off, mask=m, other=0.0).to(tl.float32)
-        decay = tl.load(p_decay + (o_s[:, None] * K + (o_e // V)[None, :]), mask=m, other=0.0)
-        run, state = tl.associative_scan((decay, state), 0, join)
-        state += run * carry[None, :]
-        tl.store(p_state + off, state.to(p_state.dtype.element_ty), mask=m)
-        carry = tl.sum(tl.where((o_i == BS - 1)[:, None], state, 0.0), 0)
+        off = o_s[:, :, None].to(tl.int64) * (K * V) + o_v[None, None, :]
+        off = tl.max_contiguous(tl.multiple_of(off, (1, 1, PAIR)), (1, 1, PAIR))
+        m3 = m[:, :, None] & (o_v < V)[None, None, :]
+        state = tl.load(p_state + off, mask=m3, other=0.0).to(tl.float32)
+        decay = tl.load(p_decay + o_s * K, mask=m, other=1.0)
+        decay = tl.broadcast_to(decay[:, :, None], (BW, BR, BV))
+        decay, state = tl.associative_scan((decay, state), 1, join)
+        last = (o_r == BR - 1)[None, :, None]
+        d = tl.sum(tl.where(last, decay, 0.0), 1)  # [BW, BV]
+        s = tl.sum(tl.where(last, state, 0.0), 1)
+        d, s, part, before = tl.associative_scan((d, s, tl.full((BW, BV), 1.0, tl.float32), tl.zeros_like(s)), 0, join_before)
+        state += decay * (part * carry[None, :] + before)[:, None, :]
+        tl.store(p_state + off, state.to(p_state.dtype.element_ty), mask=m3)
+        carry = tl.sum(tl.where((o_w == BW - 1)[:, None], d * carry[None, :] + s, 0.0), 0)
 
 
 @triton.jit
@@ -467,6 +483,22 @@ def sigmoid_minus(x):
 
 
 @triton.jit
+def block_products(p_v, p_o, p_state, i_c, i_v, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, K: tl.constexpr,
+                   V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
+                   MODE: tl.constexpr):  # fmt: skip
+    """All sums over a block of the value width: do_t.v_s [t, s] and [s, t], do and v with the states that enter."""
+    v = load_rows(p_v, i_c, i_v, N, s_vn, V, BT, BV, UNIT)
+    do = load_rows(p_o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
+    state_q = load_state(p_state, i_ask, there_ask, i_v, K, V, BK, BV)
+    state_k = load_state(p_state, i_key, there_key, i_v, K, V, BK, BV)
+    da = product(do, tl.trans(v), MODE)
+    dat = product(v, tl.trans(do), MODE)  # a product of its own is cheaper than a transposition
+    xq = product(do, tl.trans(state_q), MODE)
+    xk = product(v, tl.trans(state_k), MODE)
+    return da, dat, xq, xk, tl.sum(state_q * state_k, 1)
+
+
+@triton.jit
 def direction_gradients(
     q, k, dq, dk, p_v, p_o, p_g, p_dg, p_state, i_c, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -487,21 +519,19 @@ def direction_gradients(
     c, total = prefix(l, False)
     half = 0.5 * total
 
-    da = tl.zeros((BT, BT), tl.float32)  # [t, s]
-    dat = tl.zeros((BT, BT), tl.float32)  # [s, t], by a product of its own, cheaper than a transposition
-    xq = tl.zeros((BT, BK), tl.float32)
-    xk = tl.zeros((BT, BK), tl.float32)
-    across = tl.zeros((BK,), tl.float32)
-    for i_v in range(tl.cdiv(V, BV)):
-        v = load_rows(p_v, i_c, i_v, N, s_vn, V, BT, BV, UNIT)
-        do = load_rows(p_o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
-        state_q = load_state(p_state, i_ask, there_ask, i_v, K, V, BK, BV)
-        state_k = load_state(p_state, i_key, there_key, i_v, K, V, BK, BV)
-        da += product(do, tl.trans(v), MODE)
-        dat += product(v, tl.trans(do), MODE)
-        xq += product(do, tl.trans(state_q), MODE)
-        xk += product(v, tl.trans(state_k), MODE)
-        across += tl.sum(state_q * state_k, 1)
+    da, dat, xq, xk, across = block_products(
+        p_v, p_o, p_state, i_c, 0, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, K, V, BT, BK, BV, UNIT, MODE
+    )
+    if BV < V:  # no loop for one block: Triton 3.6 misplaces operands of wgmma in loops
+        for i_v in range(1, tl.cdiv(V, BV)):
+            da_v, dat_v, xq_v, xk_v, across_v = block_products(
+                p_v, p_o, p_state, i_c, i_v, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, K, V, BT, BK, BV, UNIT, MODE
+            )
+            da += da_v
+            dat += dat_v
+            xq += xq_v
+            xk += xk_v
+            across += across_v
     if BACKWARD:
         da = tl.where(row < column, da, 0.0)
         dat = tl.where(row > column, dat, 0.0)
@@ -588,11 +618,12 @@ def gradient_chunk(
     q = load_tile(p_q, i_c, N, s_qn, K, 0.0, BT, R, BK, UNIT) * scale
     k = load_tile(p_k, i_c, N, s_kn, K, 0.0, BT, R, BK, UNIT)
     # A token's own pair counts in both directions.
-    twice = tl.zeros((BT // R, R), tl.float32)
-    for i_v in range(tl.cdiv(V, BV)):
+    twice = tl.zeros((BT,), tl.float32)
+    for i_v in tl.static_range((V + BV - 1) // BV):
         v = load_rows(p_v, i_c, i_v, N, s_vn, V, BT, BV, UNIT)
         do = load_rows(p_o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
-        twice += 2 * tl.reshape(tl.sum(v.to(tl.float32) * do.to(tl.float32), 1), (BT // R, R))
+        twice += 2 * tl.sum(v.to(tl.float32) * do.to(tl.float32), 1)
+    twice = tl.reshape(twice, (BT // R, R))
     dq = twice[:, :, None] * k
     dk = twice[:, :, None] * q
     left, right = i_c > 0, i_c < n_chunks - 1

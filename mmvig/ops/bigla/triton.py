@@ -6,6 +6,7 @@ the output), one where a sequence is a single segment. Training keeps the inputs
 
 import functools
 import os
+import shutil
 
 import torch
 import triton
@@ -14,25 +15,30 @@ from torch import Tensor
 from mmvig.ops.bigla import kernels
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-# Older launchers take other arguments.
-FAST_LAUNCH = not INTERPRETED and tuple(map(int, triton.__version__.split('.')[:2])) >= (3, 4)
+# The launcher's arguments are Triton's own affair: known for these versions, others take the slower public way.
+FAST_LAUNCH = not INTERPRETED and (3, 4) <= tuple(map(int, triton.__version__.split('.')[:2])) <= (3, 8)
 MIN_CAPABILITY = (8, 0)
+MAX_WIDTH = 256
 # Largest number of elements between a chunk's first and last token: offsets within a chunk are 32-bit.
 MAX_CHUNK_SPAN = 2**31
 
 
-def unavailable(q: Tensor) -> str | None:
-    """Why the Triton backend cannot take tensors like ``q``; None if it can."""
-    if q.dtype == torch.float64:
+def unavailable(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
+    """Why these kernels cannot take such inputs, or None if they can."""
+    if dtype == torch.float64:
         return 'it computes in float32, and the inputs are float64'
-    if q.device.type == 'cuda':
-        capability = torch.cuda.get_device_capability(q.device)
-        if capability < MIN_CAPABILITY:
-            return f'it needs compute capability 8.0 or newer, this GPU has {".".join(map(str, capability))}'
+    if max(key_dim, value_dim) > MAX_WIDTH:
+        return f'it takes widths K and V up to {MAX_WIDTH}, got {key_dim} and {value_dim}'
+    if INTERPRETED:
         return None
-    if q.device.type == 'cpu' and INTERPRETED:
-        return None
-    return f'it runs on CUDA devices, and the inputs are on {q.device}'
+    if device.type != 'cuda':
+        return f'it runs on CUDA devices, and the inputs are on {device}'
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f'it needs compute capability 8.0 or newer, {device} has {".".join(map(str, capability))}'
+    if not any(map(shutil.which, (os.environ.get('CC', 'cc'), 'gcc', 'clang'))):
+        return 'it needs a C compiler (gcc or clang, or CC set) for its launchers, and there is none'
+    return None
 
 
 @functools.lru_cache(maxsize=256)
@@ -60,11 +66,16 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
         'state_dtype': state_dtype,
         'states': {**blocks, 'MODE': pair_mode, 'R': 4, 'num_warps': 4},
         'output': {**blocks, 'PAIR_MODE': pair_mode, 'MODE': mode, 'R': 4, 'num_warps': 4},
-        'gradient': {**blocks, 'MODE': mode, 'R': 8, 'num_warps': 2},
-        'scan': {'K': key_dim, 'V': value_dim, 'BS': 64, 'BE': 32, 'num_warps': 4},
+        'gradient': {**blocks, 'MODE': mode, 'R': 4, 'num_warps': 2},
+        'scan': {'K': key_dim, 'V': value_dim, 'BV': max(16, triton.next_power_of_2(value_dim))},
         'exact': exact,
     }
 
+
+# Segments that the scan takes at once: few sequences are long, many are short.
+SCAN_SHORT = {'BW': 2, 'BR': 8, 'num_warps': 1}
+SCAN_LONG = {'BW': 16, 'BR': 16, 'num_warps': 8}
+SCAN_LIMIT = 64
 
 # Compiled kernels by (kernel, what it was compiled for): Triton's own look-up takes longer than a small launch.
 _compiled: dict = {}
@@ -72,14 +83,17 @@ _compiled: dict = {}
 
 def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: dict) -> None:
     """Launch ``kernel``; ``key``: all that its compilation depends on besides ``constants``, or () for a fresh look-up."""
-    key = (kernel, key, *constants.values())
-    if key in _compiled:
-        compiled, values = _compiled[key]
-        compiled[grid](*args, *values)
+    found = _compiled.get((kernel.fn, key, *constants.values()))
+    if found:
+        run, function, metadata, values = found
+        stream = torch._C._cuda_getCurrentRawStream(key[0].index)
+        run(*grid, stream, function, metadata, None, None, None, *args, *values)
         return
     compiled = kernel[grid](*args, **constants, num_stages=1)
-    if FAST_LAUNCH and key[1] and max(x for x in args if isinstance(x, int)) < 2**31:
-        _compiled[key] = compiled, [constants[name] for name in kernel.arg_names if name in constants]
+    if FAST_LAUNCH and key and max(x for x in args if isinstance(x, int)) < 2**31:
+        values = [constants[name] for name in kernel.arg_names if name in constants]
+        record = compiled.run, compiled.function, compiled.packed_metadata, values
+        _compiled[(kernel.fn, key, *constants.values())] = record
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float, normalizer: float, o: Tensor) -> None:
@@ -90,11 +104,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: floa
         return
     p = plan(key_dim, value_dim, v.dtype)
     chunks, block_t = p['chunks'], p['output']['BT']
-    inputs = (*(addressable(x, block_t) for x in (q, k, v, gf, gb)), o)
-    unit = alignment(inputs)
+    inputs, unit, strides = address((q, k, v, gf, gb, o), block_t)
     common = (scale / 2, 1 / normalizer)
-    strides = element_strides(inputs, unit)
-    num_segments = triton.cdiv(num_tokens, block_t * chunks)
+    num_segments = ceil_div(num_tokens, block_t * chunks)
     n_states = batch * heads * num_segments
     key = compile_key(v, gf, gb, unit)
     with torch.cuda.device_of(q):
@@ -102,12 +114,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: floa
         if num_segments > 1:
             state = v.new_empty(2, n_states, key_dim, value_dim, dtype=p['state_dtype'])
             make_states(inputs, state, num_segments, chunks, strides, common, unit, key, p)
-        n_chunks = batch * heads * triton.cdiv(num_tokens, block_t)
+        n_chunks = batch * heads * ceil_div(num_tokens, block_t)
         strong = v.new_empty(n_chunks, dtype=torch.uint8)
         sizes = (num_tokens, heads, n_states, n_chunks)
         pointers = (*inputs, v if state is None else state, strong)
         constants = {'NC': chunks, 'UNIT': unit, 'SWAP': False}
-        blocks_v = triton.cdiv(value_dim, p['output']['BV'])
+        blocks_v = ceil_div(value_dim, p['output']['BV'])
         mild_then_strong(
             kernels.output_kernel, key, n_chunks, (blocks_v,), (*pointers, *sizes, *strides, *common),
             {**p['output'], **constants}, strong, p['exact'],
@@ -120,13 +132,13 @@ def make_states(inputs, state, num_segments, chunks, strides, common, unit, key,
     kinds, n_states, key_dim, value_dim = state.shape
     decay = state.new_empty(2, n_states, key_dim, dtype=torch.float32)
     launch(
-        kernels.states_kernel, key, (n_states, triton.cdiv(value_dim, p['states']['BV']), 1),
+        kernels.states_kernel, key, (n_states, ceil_div(value_dim, p['states']['BV']), 1),
         (*inputs, state, decay, num_tokens, heads, n_states, *strides, *common),
         {**p['states'], 'NC': chunks, 'UNIT': unit, 'BACKWARD': kinds == 4},
     )  # fmt: skip
-    blocks = triton.cdiv(key_dim * value_dim, p['scan']['BE'])
-    args = (state, decay, num_segments, n_states)
-    launch(kernels.scan_kernel, key, (blocks, n_states // num_segments, kinds), args, p['scan'])
+    grid = (key_dim, n_states // num_segments, kinds)
+    width = SCAN_SHORT if num_segments <= SCAN_LIMIT else SCAN_LONG
+    launch(kernels.scan_kernel, key, grid, (state, decay, num_segments, n_states), {**p['scan'], **width})
 
 
 def mild_then_strong(kernel, key, n_chunks, rest, args, constants, strong, exact) -> None:
@@ -137,7 +149,7 @@ def mild_then_strong(kernel, key, n_chunks, rest, args, constants, strong, exact
         launch(kernel, key, (n_chunks, *rest, 1), args, {**constants, 'STRONG': True, 'GROUP': 1})
     else:
         launch(kernel, key, (n_chunks, *rest, 1), args, {**constants, 'STRONG': False, 'GROUP': 1})
-        launch(kernel, key, (triton.cdiv(n_chunks, 16), *rest, 1), args, {**constants, 'STRONG': True, 'GROUP': 16})
+        launch(kernel, key, (ceil_div(n_chunks, 16), *rest, 1), args, {**constants, 'STRONG': True, 'GROUP': 16})
 
 
 def backward(
@@ -150,31 +162,30 @@ def backward(
         return
     p = plan(key_dim, value_dim, v.dtype)
     block_t = p['output']['BT']
-    q, k, v, gf, gb, do = inputs = tuple(addressable(x, block_t) for x in (q, k, v, gf, gb, do))
-    dq, dk, dv, dgf, dgb = grads
-    unit = alignment((*inputs, *grads))
+    (q, k, v, gf, gb, do, dq, dk, dv, dgf, dgb), unit, strides = address((q, k, v, gf, gb, do, *grads), block_t)
+    of_q, of_k, of_v, of_gf, of_gb, of_do, of_dq, of_dk, of_dv, of_dgf, of_dgb = batched(strides, 3)
+    inputs = (q, k, v, gf, gb, do)
     common = (scale / 2, 1 / normalizer)
-    num_chunks = triton.cdiv(num_tokens, block_t)
+    num_chunks = ceil_div(num_tokens, block_t)
     n_chunks = batch * heads * num_chunks
-    strides = element_strides(inputs, unit)
     key = compile_key(v, gf, gb, unit)
     with torch.cuda.device_of(q):
         state = v
         if num_chunks > 1:
             state = v.new_empty(4, n_chunks, key_dim, value_dim, dtype=p['state_dtype'])
-            make_states(inputs, state, num_chunks, 1, strides, common, unit, key, p)
+            make_states(inputs, state, num_chunks, 1, strides[:18], common, unit, key, p)
         strong = v.new_empty(n_chunks, dtype=torch.uint8)
         sizes = (num_tokens, heads, n_chunks, n_chunks)
         swapped = (q, k, do, gf, gb, dv)
         mild_then_strong(
-            kernels.output_kernel, key, n_chunks, (triton.cdiv(value_dim, p['output']['BV']),),
-            (*swapped, state, strong, *sizes, *element_strides(swapped, unit), *common),
+            kernels.output_kernel, key, n_chunks, (ceil_div(value_dim, p['output']['BV']),),
+            (*swapped, state, strong, *sizes, *of_q, *of_k, *of_do, *of_gf, *of_gb, *of_dv, *common),
             {**p['output'], 'NC': 1, 'UNIT': unit, 'SWAP': True}, strong, p['exact'],
         )  # fmt: skip
         outputs = (dq, dk, dgf, dgb)
         mild_then_strong(
             kernels.gradient_kernel, key, n_chunks, (1,),
-            (*inputs, *outputs, state, strong, *sizes, *strides, *element_strides(outputs, unit), *common),
+            (*inputs, *outputs, state, strong, *sizes, *strides[:18], *of_dq, *of_dk, *of_dgf, *of_dgb, *common),
             {**p['gradient'], 'UNIT': unit}, strong, p['exact'],
         )  # fmt: skip
 
@@ -184,27 +195,37 @@ def compile_key(v: Tensor, gf: Tensor, gb: Tensor, unit: int) -> tuple:
     return (v.device, v.dtype, gf.dtype, gb.dtype) if unit > 1 else ()
 
 
-def addressable(x: Tensor, block_t: int) -> Tensor:
-    """``x``, copied only if its last dimension is strided or a chunk's tokens lie too far apart."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1 or x.stride(1) * block_t >= MAX_CHUNK_SPAN:
-        return x.contiguous()
-    return x
+def address(tensors: tuple, block_t: int) -> tuple[tuple, int, tuple[int, ...]]:
+    """The tensors (copied where a kernel cannot read them), their common unit, and strides in units as the kernels take
+    them: batch, token and head of each."""
+    copies, unit, strides = layout(tuple((x.shape, x.stride()) for x in tensors), block_t)
+    if copies:
+        tensors = tuple(x.contiguous() if i in copies else x for i, x in enumerate(tensors))
+        return address(tensors, block_t)
+    if unit > 1 and any(x.data_ptr() % 16 for x in tensors):
+        return tensors, 1, tuple(s * unit for s in strides)
+    return tensors, unit, strides
 
 
-def alignment(tensors: tuple) -> int:
-    """Largest of 8, 2 and 1 elements that divides every offset of a token's head in all tensors."""
-    for unit in (8, 2):
-        if all(
-            x.data_ptr() % 16 == 0 and all(s % unit == 0 for s, n in zip(x.stride()[:3], x.shape, strict=False) if n > 1)
-            for x in tensors
-        ):
-            return unit
-    return 1
+@functools.lru_cache(maxsize=4096)
+def layout(shapes_and_strides: tuple, block_t: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    """Which tensors must be copied, the largest of 8, 2 and 1 that divides all strides, and the strides in that unit."""
+    copies = tuple(
+        i
+        for i, (shape, stride) in enumerate(shapes_and_strides)
+        if (stride[-1] != 1 and shape[-1] > 1) or stride[1] * block_t >= MAX_CHUNK_SPAN
+    )
+    strides = [s if n > 1 else 0 for shape, stride in shapes_and_strides for s, n in zip(stride[:3], shape, strict=False)]
+    unit = next(unit for unit in (8, 2, 1) if all(s % unit == 0 for s in strides))
+    return copies, unit, tuple(s // unit for s in strides)
 
 
-def element_strides(tensors: tuple, unit: int) -> list[int]:
-    """Strides of batch, token and head of each tensor in units; 0 where there is one."""
-    return [s // unit if n > 1 else 0 for x in tensors for s, n in zip(x.stride()[:3], x.shape, strict=False)]
+def batched(items: tuple, n: int) -> list[tuple]:
+    return [items[i : i + n] for i in range(0, len(items), n)]
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 @torch.library.custom_op('mmvig::bigla', mutates_args=())
@@ -237,18 +258,62 @@ def _(do, q, k, v, g_fwd, g_bwd, scale, normalizer):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, g_fwd, g_bwd))
 
 
+@torch.library.custom_op('mmvig::bigla_packed', mutates_args=())
+def bigla_packed_op(qkv: Tensor, gates: Tensor, num_heads: int, scale: float, normalizer: float) -> Tensor:
+    """:func:`mmvig.ops.bigla.bigla_packed` by Triton, as a PyTorch operator; arguments already validated."""
+    views = unpack(qkv, gates, num_heads)
+    o = qkv.new_empty(views[2].shape)
+    forward(*views, scale, normalizer, o)
+    return o.flatten(2)
+
+
+@bigla_packed_op.register_fake
+def _(qkv, gates, num_heads, scale, normalizer):
+    batch, num_tokens, channels = qkv.shape
+    return qkv.new_empty(batch, num_tokens, channels - gates.shape[-1])
+
+
+@torch.library.custom_op('mmvig::bigla_packed_backward', mutates_args=())
+def bigla_packed_backward_op(
+    do: Tensor, qkv: Tensor, gates: Tensor, num_heads: int, scale: float, normalizer: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`bigla_packed_op`, written side by side where a concatenation would put them."""
+    grads = qkv.new_empty(qkv.shape), gates.new_empty(gates.shape)
+    do = do.unflatten(-1, (num_heads, -1))
+    backward(do, *unpack(qkv, gates, num_heads), scale, normalizer, unpack(*grads, num_heads))
+    return grads
+
+
+@bigla_packed_backward_op.register_fake
+def _(do, qkv, gates, num_heads, scale, normalizer):
+    return qkv.new_empty(qkv.shape), gates.new_empty(gates.shape)
+
+
+def unpack(qkv: Tensor, gates: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """Views q, k, v, g_fwd, g_bwd ``[B, N, H, K or V]`` of the two projections' outputs."""
+    keys = gates.shape[-1] // 2
+    parts = (*qkv.split([keys, keys, qkv.shape[-1] - 2 * keys], dim=-1), *gates.chunk(2, dim=-1))
+    return tuple(x.unflatten(-1, (num_heads, -1)) for x in parts)
+
+
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.normalizer = inputs
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    ctx.options = inputs[len(tensors) :]
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, do):
-    return *bigla_backward_op(do, *ctx.saved_tensors, ctx.scale, ctx.normalizer), None, None
+def _backward(op):
+    def run(ctx, do):
+        return *op(do, *ctx.saved_tensors, *ctx.options), *[None] * len(ctx.options)
+
+    return run
 
 
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError("bigla's Triton backend has no second derivative; use backend='chunked' for it")
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("bigla's Triton backend has no second derivative; use backend='chunked' for one")
 
 
-bigla_op.register_autograd(_backward, setup_context=_save)
-bigla_backward_op.register_autograd(_no_double_backward)
+bigla_op.register_autograd(_backward(bigla_backward_op), setup_context=_save)
+bigla_packed_op.register_autograd(_backward(bigla_packed_backward_op), setup_context=_save)
+bigla_backward_op.register_autograd(_no_second_derivative)
+bigla_packed_backward_op.register_autograd(_no_second_derivative)
