@@ -81,8 +81,8 @@ def bigla_packed(
 ) -> Tensor:
     """:func:`bigla` on the outputs of two fused projections, as they are in memory.
 
-    The Triton backend reads both in place and writes their gradients in place, so that autograd has nothing to
-    concatenate.
+    The Triton backend reads both in place and writes their gradients in place, so that autograd has nothing
+    to concatenate.
 
     Args:
         qkv: queries, keys and values side by side ``[B, N, H * (2 K + V)]``, heads contiguous within each.
@@ -125,7 +125,7 @@ def check_backend(backend: str) -> None:
 
 
 def _choose(backend: str, x: Tensor, key_dim: int, value_dim: int) -> str:
-    """The backend to run for inputs like ``x``; raises ValueError where 'triton' is asked for and cannot run."""
+    """The backend to run for inputs like ``x``; ValueError where 'triton' is asked for and cannot run."""
     check_backend(backend)
     if backend not in ('auto', 'triton'):
         return backend
@@ -155,7 +155,9 @@ def _why_not_triton(
 def _announce(reason: str) -> None:
     if reason not in _announced:
         _announced.add(reason)
-        logging.getLogger('mmvig').warning("bigla runs on the slower 'chunked' backend, not on 'triton': %s", reason)
+        logging.getLogger('mmvig').warning(
+            "bigla runs on the slower 'chunked' backend, not on 'triton': %s", reason
+        )
 
 
 _announced: set[str] = set()

@@ -1,19 +1,20 @@
 """Triton kernels of BiGLA; README.md beside this file derives them, triton.py launches them.
 
-Sizes: N tokens, H heads, K and V head widths, BT tokens of a chunk, NC chunks of a segment, BK, BV blocks of widths.
-Strides s_ come in units of UNIT elements. What depends on gates is a tile [BT // R, R, BK] of runs of R neighbouring
-tokens: loads put a run's tokens in one thread's registers, where a running sum costs one addition a token.
+Sizes: N tokens, H heads, K and V head widths, BT tokens of a chunk, NC chunks of a segment, BK, BV blocks
+of widths. Strides s_ come in units of UNIT elements. What depends on gates is a tile [BT // R, R, BK] of
+runs of R neighbouring tokens: loads put a run's tokens in one thread's registers, where a running sum costs
+one addition a token.
 
-All exponents are in base 2; `inv` is 1 / gate_normalizer. MODE is the precision of a product of matrices: 'bf16',
-'tf32' or 'tf32x3', always with float32 accumulation. EXACT marks float32 inputs.
+All exponents are in base 2; `inv` is 1 / gate_normalizer. MODE is the precision of a product of matrices:
+'bf16', 'tf32' or 'tf32x3', always with float32 accumulation. EXACT marks float32 inputs.
 """
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Largest sum of |log2 decay| over a chunk for the factored form: its factors stay within 2^(+-SPAN / 2), so that inputs
-# up to 2^30 do not overflow.
+# Largest sum of |log2 decay| over a chunk for the factored form: its factors stay within 2^(+-SPAN / 2), so
+# that inputs up to 2^30 do not overflow.
 SPAN = tl.constexpr(180.0)
 
 
@@ -55,13 +56,16 @@ def rounded(x, MODE: tl.constexpr):
 
 @triton.jit
 def product(a, b, MODE: tl.constexpr):
+    """Matrix product in MODE's precision."""
     if MODE == 'bf16 interpreted':  # the interpreter has no bf16 product
         return tl.dot(rounded(a.to(tl.float32), 'bf16'), rounded(b.to(tl.float32), 'bf16'))
     elif MODE == 'bf16':
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     else:
         # The hardware drops digits of tf32 operands; round them first.
-        return tl.dot(rounded(a.to(tl.float32), MODE), rounded(b.to(tl.float32), MODE), input_precision=MODE)
+        return tl.dot(
+            rounded(a.to(tl.float32), MODE), rounded(b.to(tl.float32), MODE), input_precision=MODE
+        )
 
 
 @triton.jit
@@ -83,7 +87,7 @@ def prefix(x, REVERSE: tl.constexpr):
 
 @triton.jit
 def suffix(x, c, total, EXACT: tl.constexpr):
-    """Inclusive sums over the tokens from each on; c, total: prefix(x). A difference will do for half precision."""
+    """Inclusive sums over the tokens from each on; c, total: prefix(x). Half precision may subtract."""
     if EXACT:
         return prefix(x, True)[0]
     else:
@@ -97,20 +101,25 @@ def flat(x):
 
 
 @triton.jit
-def load_tile(p, i_c, N, s_n, D, other, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr):
+def load_tile(
+    p, i_c, N, s_n, D, other, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr
+):
     """Chunk i_c of a [N, D] matrix as a float32 tile; `other` beyond the edges."""
     PAIR: tl.constexpr = min(UNIT, 2)
     o_t = (tl.arange(0, BT // R) * R)[:, None, None] + tl.arange(0, R)[None, :, None]
     o_k = tl.arange(0, BK)[None, None, :]
     s_n *= UNIT
-    # Said to be contiguous by two only: lanes then lie along channels and runs, and a run's tokens in one thread.
+    # Said to be contiguous by two only: lanes then lie along channels and runs, a run in one thread.
     off = tl.max_contiguous(tl.multiple_of(o_t * s_n + o_k, (1, 1, PAIR)), (1, 1, PAIR))
     p += s_n.to(tl.int64) * (i_c * BT)
     return tl.load(p + off, mask=(i_c * BT + o_t < N) & (o_k < D), other=other).to(tl.float32)
 
 
 @triton.jit
-def store_tile(p, x, i_c, N, s_n, D, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr):
+def store_tile(
+    p, x, i_c, N, s_n, D, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr
+):
+    """Write a tile as chunk i_c of a [N, D] matrix, in its dtype."""
     PAIR: tl.constexpr = min(UNIT, 2)
     o_t = (tl.arange(0, BT // R) * R)[:, None, None] + tl.arange(0, R)[None, :, None]
     o_k = tl.arange(0, BK)[None, None, :]
@@ -132,6 +141,7 @@ def load_rows(p, i_c, i_v, N, s_n, D, BT: tl.constexpr, BV: tl.constexpr, UNIT: 
 
 @triton.jit
 def store_rows(p, x, i_c, i_v, N, s_n, D, BT: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr):
+    """Write [BT, BV] as chunk i_c, columns i_v * BV on, of a [N, D] matrix, in its dtype."""
     o_t = tl.arange(0, BT)[:, None]
     o_v = i_v * BV + tl.arange(0, BV)[None, :]
     s_n *= UNIT
@@ -148,20 +158,24 @@ def state_block(i_state, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr
 
 
 @triton.jit
-def load_state(p, i_state, there, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def load_state(
+    p, i_state, there, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
+    """State number i_state, columns i_v * BV on, as float32 [BK, BV]; zeros unless `there`."""
     off, m = state_block(i_state, i_v, K, V, BK, BV)
     return tl.load(p + off, mask=m & there, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_state(p, x, i_state, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Write state number i_state, columns i_v * BV on."""
     off, m = state_block(i_state, i_v, K, V, BK, BV)
     tl.store(p + off, x.to(p.dtype.element_ty), mask=m)
 
 
 @triton.jit
 def locate(i, N, H, BT: tl.constexpr, NC: tl.constexpr):
-    """Image, head, segment (NC chunks) of the i-th, heads fastest; number of segments; its state's number."""
+    """Image, head and segment (NC chunks) of the i-th, heads fastest; how many segments; its state."""
     n_segments = tl.cdiv(N, BT * NC)
     i_h = i % H
     i_s = (i // H) % n_segments
@@ -177,23 +191,26 @@ def load_decays(p, i_c, N, s_n, inv, K: tl.constexpr, BT: tl.constexpr, R: tl.co
 
 
 # Integers that differ from call to call: Triton must not compile a kernel for their values.
-INTS = ['N', 'NS', 'H', 'n_states', 'n_chunks', 's_qb', 's_qn', 's_qh', 's_kb', 's_kn', 's_kh', 's_vb', 's_vn', 's_vh',
-        's_fb', 's_fn', 's_fh', 's_bb', 's_bn', 's_bh', 's_ob', 's_on', 's_oh', 's_dqb', 's_dqn', 's_dqh', 's_dkb',
+INTS = ['N', 'NS', 'H', 'n_states', 'n_chunks', 's_qb', 's_qn', 's_qh', 's_kb', 's_kn', 's_kh', 's_vb',
+'s_vn', 's_vh',
+        's_fb', 's_fn', 's_fh', 's_bb', 's_bn', 's_bh', 's_ob', 's_on', 's_oh', 's_dqb', 's_dqn', 's_dqh',
+        's_dkb',
         's_dkn', 's_dkh', 's_dfb', 's_dfn', 's_dfh', 's_dbb', 's_dbn', 's_dbh']  # fmt: skip
 
 
 @triton.jit(do_not_specialize=INTS)
 def states_kernel(
     p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_decay, N, H, n_states,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on, s_oh,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
+    s_oh,
     scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, NC: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, UNIT: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """What each segment alone adds to the states that leave it, and its decays.
 
-    state 0 = sum_s (decay from s to the segment's end * k_s) v_s^T         state 1: to its start, backward decay
-    state 2 = sum_t (decay from the start to t * q_t) do_t^T (BACKWARD)     state 3: from the end, backward decay
+    state 0 = sum_s (decay from s to the segment's end * k_s) v_s^T      1: to its start, backward decay
+    state 2 = sum_t (decay from the start to t * q_t) do_t^T, BACKWARD   3: from its end, backward decay
     """
     i_b, i_h, i_s, _, i_state = locate(tl.program_id(0), N, H, BT, NC)
     i_v = tl.program_id(1)
@@ -254,12 +271,13 @@ def join_before(decay_a, state_a, part_a, before_a, decay_b, state_b, part_b, be
 
 
 @triton.jit(do_not_specialize=INTS)
-def scan_kernel(p_state, p_decay, NS, n_states, K: tl.constexpr, V: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+def scan_kernel(p_state, p_decay, NS, n_states, K: tl.constexpr, V: tl.constexpr, BW: tl.constexpr,
+    BR: tl.constexpr,
                 BV: tl.constexpr):  # fmt: skip
-    """Turn what each segment adds to a state into the state that leaves it, in place; one row of states a program.
+    """Turn what each segment adds to a state into the state that leaves it, in place; one row a program.
 
-    States 0 and 3 run from the first segment to the last, 1 and 2 the other way; 0 and 2 with the forward decay. BW runs
-    of BR segments at once: a run is summed in one thread's registers.
+    States 0 and 3 run from the first segment to the last, 1 and 2 the other way; 0 and 2 with the forward
+    decay. BW runs of BR segments at once: a run is summed in one thread's registers.
     """
     i_k = tl.program_id(0)
     i_bh = tl.program_id(1).to(tl.int64)
@@ -286,25 +304,27 @@ def scan_kernel(p_state, p_decay, NS, n_states, K: tl.constexpr, V: tl.constexpr
         last = (o_r == BR - 1)[None, :, None]
         d = tl.sum(tl.where(last, decay, 0.0), 1)  # [BW, BV]
         s = tl.sum(tl.where(last, state, 0.0), 1)
-        d, s, part, before = tl.associative_scan((d, s, tl.full((BW, BV), 1.0, tl.float32), tl.zeros_like(s)), 0, join_before)
+        d, s, part, before = tl.associative_scan(
+            (d, s, tl.full((BW, BV), 1.0, tl.float32), tl.zeros_like(s)), 0, join_before
+        )
         state += decay * (part * carry[None, :] + before)[:, None, :]
         tl.store(p_state + off, state.to(p_state.dtype.element_ty), mask=m3)
         carry = tl.sum(tl.where((o_w == BW - 1)[:, None], d * carry[None, :] + s, 0.0), 0)
 
 
 @triton.jit
-def decay_sum(mask, l):
+def decay_sum(mask, ld):
     """exp2 of sums over the tokens that a 0/1 matrix [BT, BT] picks: [BT, BK]."""
-    return tl.exp2(tl.dot(mask.to(tl.float32), l, input_precision='tf32x3'))
+    return tl.exp2(tl.dot(mask.to(tl.float32), ld, input_precision='tf32x3'))
 
 
 @triton.jit
-def level_decays(z, l, BT: tl.constexpr, BACKWARD: tl.constexpr):
+def level_decays(z, ld, BT: tl.constexpr, BACKWARD: tl.constexpr):
     """Decays of one direction to and from the middle of each block of 2z tokens, [BT, BK], none above 1.
 
-    A pair in different halves has decay(t, s) = decay of one half's token * decay of the other's: the factored form
-    with a reference between the two, exact for any gates. Also which tokens have queries in such pairs (the second
-    half's, BACKWARD the first's) and which pairs share a block.
+    A pair in different halves has decay(t, s) = decay of one half's token * decay of the other's: the
+    factored form with a reference between the two, exact for any gates. Also which tokens have queries in
+    such pairs (the second half's, BACKWARD the first's) and which pairs share a block.
     """
     o = tl.arange(0, BT)
     t, j = o[:, None], o[None, :]
@@ -313,10 +333,10 @@ def level_decays(z, l, BT: tl.constexpr, BACKWARD: tl.constexpr):
     same = t // (2 * z) == j // (2 * z)
     if BACKWARD:
         mask = tl.where(second, (j >= middle) & (j < t), (j >= t) & (j < middle))
-        return (t // z) % 2 == 0, same, decay_sum(mask & same, l)
+        return (t // z) % 2 == 0, same, decay_sum(mask & same, ld)
     else:
         mask = tl.where(second, (j >= middle) & (j <= t), (j > t) & (j < middle))
-        return second, same, decay_sum(mask & same, l)
+        return second, same, decay_sum(mask & same, ld)
 
 
 @triton.jit
@@ -330,7 +350,7 @@ def pairs(q, k, MODE: tl.constexpr, SWAP: tl.constexpr):
 
 @triton.jit
 def directions(af, ab, BT: tl.constexpr, SWAP: tl.constexpr):
-    """Forward pairs (t > s) of one matrix, backward pairs of the other, both on the diagonal; [t, s], SWAP: [s, t]."""
+    """Forward pairs (t > s) of af, backward pairs of ab, both on the diagonal; [t, s], SWAP: [s, t]."""
     o = tl.arange(0, BT)
     t, s = o[:, None], o[None, :]
     if SWAP:
@@ -340,7 +360,7 @@ def directions(af, ab, BT: tl.constexpr, SWAP: tl.constexpr):
 
 @triton.jit
 def pairs_by_levels(q, k, lf, lb, BT: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr):
-    """A[t, s] = q_t . (decay(t, s) * k_s) of both directions for any gates; q, k, l [BT, BK]."""
+    """A[t, s] = q_t . (decay(t, s) * k_s) of both directions for any gates; q, k, ld [BT, BK]."""
     o = tl.arange(0, BT)
     a = tl.where(o[:, None] == o[None, :], 2 * pairs(q, k, MODE, SWAP), 0.0)
     z = 1
@@ -357,16 +377,18 @@ def pairs_by_levels(q, k, lf, lb, BT: tl.constexpr, MODE: tl.constexpr, SWAP: tl
 @triton.jit
 def output_chunk(
     i, p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_strong, N, H, n_states,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on, s_oh,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
+    s_oh,
     scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, NC: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, UNIT: tl.constexpr, PAIR_MODE: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
     SWAP: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    """o_t = sum over the pairs within t's chunk + q_t decayed to the chunk's ends . the two states that enter it.
+    """o_t = the pairs within t's chunk + q_t decayed to the chunk's ends . the two states that enter it.
 
-    SWAP: queries and keys change places, v is do and o is dv. NC > 1: the states that enter the segment are carried on
-    to the chunk. STRONG is for any gates; without it, chunks whose gates are too strong are marked in p_strong.
+    SWAP: queries and keys change places, v is do and o is dv. NC > 1: the states that enter the segment are
+    carried on to the chunk. STRONG is for any gates; without it, chunks whose gates are too strong are
+    marked in p_strong.
     """
     i_b, i_h, i_c, n_chunks, _ = locate(i, N, H, BT, 1)
     i_v = tl.program_id(1)
@@ -379,7 +401,8 @@ def output_chunk(
     p_b += (i_b * s_bb + i_h * s_bh) * UNIT
     p_o += (i_b * s_ob + i_h * s_oh) * UNIT
 
-    # The states that enter the chunk: 0 from the left and 1 from the right; SWAP: 2 from the right and 3 from the left.
+    # The states that enter the chunk: 0 from the left, 1 from the right; SWAP: 2 from the right, 3 from the
+    # left.
     i_state = (i_b * H + i_h) * NS + i_s
     if SWAP:
         fwd = load_state(p_state, n_states * 2 + i_state + 1, i_s < NS - 1, i_v, K, V, BK, BV)
@@ -391,16 +414,18 @@ def output_chunk(
         first = i_s * NC
         last = tl.minimum(first + NC, n_chunks) - 1
         for j in range(first, i_c):
-            l = load_decays(p_f, j, N, s_fn, inv, K, BT, R, BK, UNIT, EXACT)
-            c, total = prefix(l, False)
-            k2 = load_tile(p_k, j, N, s_kn, K, 0.0, BT, R, BK, UNIT) * tl.exp2(suffix(l, c, total, EXACT) - l)
+            ld = load_decays(p_f, j, N, s_fn, inv, K, BT, R, BK, UNIT, EXACT)
+            c, total = prefix(ld, False)
+            k2 = load_tile(p_k, j, N, s_kn, K, 0.0, BT, R, BK, UNIT) * tl.exp2(
+                suffix(ld, c, total, EXACT) - ld
+            )
             v2 = load_rows(p_v, j, i_v, N, s_vn, V, BT, BV, UNIT)
             fwd = tl.exp2(total)[:, None] * fwd + product(tl.trans(flat(k2)), v2, MODE)
         for i2 in range(i_c, last):
             j = last + i_c - i2
-            l = load_decays(p_b, j, N, s_bn, inv, K, BT, R, BK, UNIT, EXACT)
-            c, total = prefix(l, False)
-            k2 = load_tile(p_k, j, N, s_kn, K, 0.0, BT, R, BK, UNIT) * tl.exp2(c - l)
+            ld = load_decays(p_b, j, N, s_bn, inv, K, BT, R, BK, UNIT, EXACT)
+            c, total = prefix(ld, False)
+            k2 = load_tile(p_k, j, N, s_kn, K, 0.0, BT, R, BK, UNIT) * tl.exp2(c - ld)
             v2 = load_rows(p_v, j, i_v, N, s_vn, V, BT, BV, UNIT)
             bwd = tl.exp2(total)[:, None] * bwd + product(tl.trans(flat(k2)), v2, MODE)
 
@@ -447,30 +472,34 @@ def output_chunk(
 @triton.jit(do_not_specialize=INTS)
 def output_kernel(
     p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_strong, N, H, n_states, n_chunks,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on, s_oh,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
+    s_oh,
     scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, NC: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, UNIT: tl.constexpr, PAIR_MODE: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
     SWAP: tl.constexpr, STRONG: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """:func:`output_chunk` of one chunk a program; STRONG: of those among GROUP chunks that are marked."""
+    """One chunk a program; STRONG: those among GROUP chunks that are marked."""
     if STRONG:
         o_i = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
         if tl.max(tl.load(p_strong + o_i, mask=o_i < n_chunks, other=0).to(tl.int32)) > 0:
             for j in range(GROUP):
                 i = tl.program_id(0) * GROUP + j
-                if i < n_chunks:
+                if i < n_chunks:  # noqa: SIM102  Triton evaluates both sides of `and`
                     if tl.load(p_strong + i).to(tl.int32) > 0:
                         output_chunk(
                             i, p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_strong, N, H, n_states,
-                            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh,
-                            s_ob, s_on, s_oh, scale, inv, K, V, BT, R, NC, BK, BV, UNIT, PAIR_MODE, MODE, EXACT, SWAP,
+                            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb,
+                            s_bn, s_bh,
+                            s_ob, s_on, s_oh, scale, inv, K, V, BT, R, NC, BK, BV, UNIT, PAIR_MODE, MODE,
+                            EXACT, SWAP,
                             True,
                         )  # fmt: skip
     else:
         output_chunk(
             tl.program_id(0), p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_strong, N, H, n_states,
-            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on, s_oh,
+            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh,
+            s_ob, s_on, s_oh,
             scale, inv, K, V, BT, R, NC, BK, BV, UNIT, PAIR_MODE, MODE, EXACT, SWAP, False,
         )  # fmt: skip
 
@@ -483,10 +512,12 @@ def sigmoid_minus(x):
 
 
 @triton.jit
-def block_products(p_v, p_o, p_state, i_c, i_v, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, K: tl.constexpr,
-                   V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr,
+def block_products(p_v, p_o, p_state, i_c, i_v, i_ask, there_ask, i_key, there_key, N, s_vn, s_on,
+    K: tl.constexpr,
+                   V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+                   UNIT: tl.constexpr,
                    MODE: tl.constexpr):  # fmt: skip
-    """All sums over a block of the value width: do_t.v_s [t, s] and [s, t], do and v with the states that enter."""
+    """Sums over a block of V: do_t.v_s as [t, s] and [s, t], do and v with the entering states."""
     v = load_rows(p_v, i_c, i_v, N, s_vn, V, BT, BV, UNIT)
     do = load_rows(p_o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
     state_q = load_state(p_state, i_ask, there_ask, i_v, K, V, BK, BV)
@@ -500,32 +531,70 @@ def block_products(p_v, p_o, p_state, i_c, i_v, i_ask, there_ask, i_key, there_k
 
 @triton.jit
 def direction_gradients(
-    q, k, dq, dk, p_v, p_o, p_g, p_dg, p_state, i_c, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
+    q, k, dq, dk, p_v, p_o, p_g, p_dg, p_state, i_c, i_ask, there_ask, i_key, there_key, N, s_vn, s_on,
+    s_gn, s_dgn, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, BACKWARD: tl.constexpr,
     STRONG: tl.constexpr,
 ):  # fmt: skip
     """Add one direction's part to dq and dk (tiles), and write its gate's gradient.
 
-    A pair (t, s) adds p = do_t.v_s * q_t * decay * k_s to the log decay of every token between the two: summed up as
-    running sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from outside it. Each p
-    enters twice, from the same rounded factors, so that what must cancel does.
+    A pair (t, s) adds p = do_t.v_s * q_t * decay * k_s to the log decay of every token between the two:
+    summed up as running sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the
+    pairs from outside it. Each p enters twice, from the same rounded factors, so that what must cancel
+    does.
     """
     W: tl.constexpr = BT // R
     o = tl.arange(0, BT)
     row, column = o[:, None], o[None, :]
     g = load_tile(p_g, i_c, N, s_gn, K, float('inf'), BT, R, BK, UNIT)
-    l = log2_sigmoid(g, EXACT) * inv
-    c, total = prefix(l, False)
+    ld = log2_sigmoid(g, EXACT) * inv
+    c, total = prefix(ld, False)
     half = 0.5 * total
 
     da, dat, xq, xk, across = block_products(
-        p_v, p_o, p_state, i_c, 0, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, K, V, BT, BK, BV, UNIT, MODE
+        p_v,
+        p_o,
+        p_state,
+        i_c,
+        0,
+        i_ask,
+        there_ask,
+        i_key,
+        there_key,
+        N,
+        s_vn,
+        s_on,
+        K,
+        V,
+        BT,
+        BK,
+        BV,
+        UNIT,
+        MODE,
     )
     if BV < V:  # no loop for one block: Triton 3.6 misplaces operands of wgmma in loops
         for i_v in range(1, tl.cdiv(V, BV)):
             da_v, dat_v, xq_v, xk_v, across_v = block_products(
-                p_v, p_o, p_state, i_c, i_v, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, K, V, BT, BK, BV, UNIT, MODE
+                p_v,
+                p_o,
+                p_state,
+                i_c,
+                i_v,
+                i_ask,
+                there_ask,
+                i_key,
+                there_key,
+                N,
+                s_vn,
+                s_on,
+                K,
+                V,
+                BT,
+                BK,
+                BV,
+                UNIT,
+                MODE,
             )
             da += da_v
             dat += dat_v
@@ -535,7 +604,7 @@ def direction_gradients(
     if BACKWARD:
         da = tl.where(row < column, da, 0.0)
         dat = tl.where(row > column, dat, 0.0)
-        u = c - l - half[None, None, :]
+        u = c - ld - half[None, None, :]
         u = -u
     else:
         da = tl.where(row > column, da, 0.0)
@@ -546,16 +615,16 @@ def direction_gradients(
 
     if STRONG:
         if BACKWARD:
-            to_q = tl.exp2(prefix(l, True)[0])
-            to_k = tl.exp2(c - l)
+            to_q = tl.exp2(prefix(ld, True)[0])
+            to_k = tl.exp2(c - ld)
         else:
             to_q = tl.exp2(c)
-            to_k = tl.exp2(prefix(l, True)[0] - l)
+            to_k = tl.exp2(prefix(ld, True)[0] - ld)
         kx = k * to_k * xk3
         p = q * to_q * xq3 - kx
         dq += to_q * xq3
         dk += to_k * xk3
-        q2, k2, l2 = flat(q), flat(k), flat(l)
+        q2, k2, l2 = flat(q), flat(k), flat(ld)
         dq2 = tl.zeros((BT, BK), tl.float32)
         dk2 = tl.zeros((BT, BK), tl.float32)
         p2 = tl.zeros((BT, BK), tl.float32)
@@ -591,19 +660,22 @@ def direction_gradients(
     if not BACKWARD:
         c = suffix(p, c, total, EXACT)
     # From log decays to logits: d logsigmoid(g) = sigmoid(-g).
-    store_tile(p_dg, (across[None, None, :] + c) * sigmoid_minus(g) * inv, i_c, N, s_dgn, K, BT, R, BK, UNIT)
+    store_tile(
+        p_dg, (across[None, None, :] + c) * sigmoid_minus(g) * inv, i_c, N, s_dgn, K, BT, R, BK, UNIT
+    )
     return dq, dk
 
 
 @triton.jit
 def gradient_chunk(
     i, p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, N, H, n_states,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on, s_oh,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
+    s_oh,
     s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dfb, s_dfn, s_dfh, s_dbb, s_dbn, s_dbh, scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and both gates' gradients of one chunk, from its inputs, do and the four states that enter it."""
+    """dq, dk and both gates' gradients of one chunk, from its inputs, do and the entering states."""
     i_b, i_h, i_c, n_chunks, i_state = locate(i, N, H, BT, 1)
     p_q += (i_b * s_qb + i_h * s_qh) * UNIT
     p_k += (i_b * s_kb + i_h * s_kh) * UNIT
@@ -628,11 +700,13 @@ def gradient_chunk(
     dk = twice[:, :, None] * q
     left, right = i_c > 0, i_c < n_chunks - 1
     dq, dk = direction_gradients(
-        q, k, dq, dk, p_v, p_o, p_f, p_df, p_state, i_c, i_state - 1, left, n_states * 2 + i_state + 1, right,
+        q, k, dq, dk, p_v, p_o, p_f, p_df, p_state, i_c, i_state - 1, left, n_states * 2 + i_state + 1,
+        right,
         N, s_vn, s_on, s_fn, s_dfn, inv, K, V, BT, R, BK, BV, UNIT, MODE, EXACT, False, STRONG,
     )  # fmt: skip
     dq, dk = direction_gradients(
-        q, k, dq, dk, p_v, p_o, p_b, p_db, p_state, i_c, n_states + i_state + 1, right, n_states * 3 + i_state - 1, left,
+        q, k, dq, dk, p_v, p_o, p_b, p_db, p_state, i_c, n_states + i_state + 1, right,
+        n_states * 3 + i_state - 1, left,
         N, s_vn, s_on, s_bn, s_dbn, inv, K, V, BT, R, BK, BV, UNIT, MODE, EXACT, True, STRONG,
     )  # fmt: skip
     store_tile(p_dq, dq * scale, i_c, N, s_dqn, K, BT, R, BK, UNIT)
@@ -642,30 +716,34 @@ def gradient_chunk(
 @triton.jit(do_not_specialize=INTS)
 def gradient_kernel(
     p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, p_strong, N, H, n_states, n_chunks,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on, s_oh,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
+    s_oh,
     s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dfb, s_dfn, s_dfh, s_dbb, s_dbn, s_dbh, scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, STRONG: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """:func:`gradient_chunk` of one chunk a program; STRONG: of those among GROUP chunks that are marked."""
+    """One chunk a program; STRONG: those among GROUP chunks that are marked."""
     if STRONG:
         o_i = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
         if tl.max(tl.load(p_strong + o_i, mask=o_i < n_chunks, other=0).to(tl.int32)) > 0:
             for j in range(GROUP):
                 i = tl.program_id(0) * GROUP + j
-                if i < n_chunks:
+                if i < n_chunks:  # noqa: SIM102  Triton evaluates both sides of `and`
                     if tl.load(p_strong + i).to(tl.int32) > 0:
                         gradient_chunk(
-                            i, p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, N, H, n_states,
-                            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh,
+                            i, p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, N, H,
+                            n_states,
+                            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb,
+                            s_bn, s_bh,
                             s_ob, s_on, s_oh, s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dfb, s_dfn, s_dfh,
                             s_dbb, s_dbn, s_dbh, scale, inv, K, V, BT, R, BK, BV, UNIT, MODE, EXACT, True,
                         )  # fmt: skip
     else:
         gradient_chunk(
             tl.program_id(0), p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, N, H, n_states,
-            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on, s_oh,
+            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh,
+            s_ob, s_on, s_oh,
             s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dfb, s_dfn, s_dfh, s_dbb, s_dbn, s_dbh, scale, inv,
             K, V, BT, R, BK, BV, UNIT, MODE, EXACT, False,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """BiGLA on GPUs: launches the kernels of kernels.py and makes them PyTorch operators.
 
-Importing this module imports Triton. Forward: three launches (what each segment adds to the states, a scan over segments,
-the output), one where a sequence is a single segment. Training keeps the inputs and nothing else.
+Importing this module imports Triton. Forward: what each segment adds to the states, a scan over segments,
+the output; only the output where a sequence is a single segment. Training keeps the inputs and nothing
+else.
 """
 
 import functools
@@ -15,7 +16,7 @@ from torch import Tensor
 from mmvig.ops.bigla import kernels
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-# The launcher's arguments are Triton's own affair: known for these versions, others take the slower public way.
+# The launcher's arguments are Triton's own affair: known for these versions, others go the public way.
 FAST_LAUNCH = not INTERPRETED and (3, 4) <= tuple(map(int, triton.__version__.split('.')[:2])) <= (3, 8)
 MIN_CAPABILITY = (8, 0)
 MAX_WIDTH = 256
@@ -47,25 +48,29 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     block_k = max(16, triton.next_power_of_2(key_dim))
     block_v = max(16, triton.next_power_of_2(value_dim))
     block_t = 64 if block_k <= 32 else 32 if block_k <= 64 else 16
+    if INTERPRETED:
+        block_t = 16  # seams between chunks with few tokens
     block_v = min(block_v, 64 if block_k <= 64 else 32)
     mode = {torch.bfloat16: 'bf16', torch.float16: 'tf32', torch.float32: 'tf32x3'}[dtype]
     if INTERPRETED and mode == 'bf16':
         mode = 'bf16 interpreted'
     pair_mode = 'tf32x3' if dtype == torch.float32 else 'tf32'
     state_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    # As many chunks a segment as keep its two states under a fifth of its inputs' bytes.
-    states = 2 * key_dim * value_dim * state_dtype.itemsize
-    inputs = (4 * key_dim + value_dim) * dtype.itemsize * block_t
+    # As many chunks a segment as keep its two states within a fifth of its inputs.
+    state_bytes = 2 * key_dim * value_dim * state_dtype.itemsize
+    chunk_bytes = (4 * key_dim + value_dim) * dtype.itemsize * block_t
     chunks = 1
-    while chunks < 8 and states > 0.2 * inputs * chunks:
+    while chunks < 8 and state_bytes > 0.2 * chunk_bytes * chunks:
         chunks *= 2
     exact = dtype == torch.float32
+    states_width = {'R': 16, 'num_warps': 1} if block_k == 16 else {'R': 4, 'num_warps': 4}
     blocks = {'K': key_dim, 'V': value_dim, 'BT': block_t, 'BK': block_k, 'BV': block_v, 'EXACT': exact}
     return {
         'chunks': chunks,
         'state_dtype': state_dtype,
-        'states': {**blocks, 'MODE': pair_mode, 'R': 4, 'num_warps': 4},
+        'states': {**blocks, 'MODE': pair_mode, **states_width},
         'output': {**blocks, 'PAIR_MODE': pair_mode, 'MODE': mode, 'R': 4, 'num_warps': 4},
+        # Two warps: with four, Triton 3.6 makes this kernel read wrong addresses on Hopper.
         'gradient': {**blocks, 'MODE': mode, 'R': 4, 'num_warps': 2},
         'scan': {'K': key_dim, 'V': value_dim, 'BV': max(16, triton.next_power_of_2(value_dim))},
         'exact': exact,
@@ -76,13 +81,15 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
 SCAN_SHORT = {'BW': 2, 'BR': 8, 'num_warps': 1}
 SCAN_LONG = {'BW': 16, 'BR': 16, 'num_warps': 8}
 SCAN_LIMIT = 64
+if INTERPRETED:
+    SCAN_SHORT = SCAN_LONG = {'BW': 2, 'BR': 2, 'num_warps': 1}
 
-# Compiled kernels by (kernel, what it was compiled for): Triton's own look-up takes longer than a small launch.
+# Compiled kernels by what they were compiled for: Triton's own look-up takes longer than a small launch.
 _compiled: dict = {}
 
 
 def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: dict) -> None:
-    """Launch ``kernel``; ``key``: all that its compilation depends on besides ``constants``, or () for a fresh look-up."""
+    """Launch ``kernel``; ``key``: what it is compiled for besides ``constants``, () if Triton must look."""
     found = _compiled.get((kernel.fn, key, *constants.values()))
     if found:
         run, function, metadata, values = found
@@ -96,7 +103,9 @@ def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: dict) -> Non
         _compiled[(kernel.fn, key, *constants.values())] = record
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float, normalizer: float, o: Tensor) -> None:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float, normalizer: float, o: Tensor
+) -> None:
     """Write the output for ``[B, N, H, K or V]`` inputs into ``o``, of v's shape."""
     batch, num_tokens, heads, key_dim = q.shape
     value_dim = v.shape[-1]
@@ -142,18 +151,31 @@ def make_states(inputs, state, num_segments, chunks, strides, common, unit, key,
 
 
 def mild_then_strong(kernel, key, n_chunks, rest, args, constants, strong, exact) -> None:
-    """Run ``kernel`` on all chunks in the factored form, then on those it marked as too strong for that; by levels on
-    all if ``exact``."""
+    """Run ``kernel`` in the factored form, then by levels on chunks it marked; all by levels if exact."""
     if exact:
         strong.fill_(1)
         launch(kernel, key, (n_chunks, *rest, 1), args, {**constants, 'STRONG': True, 'GROUP': 1})
     else:
         launch(kernel, key, (n_chunks, *rest, 1), args, {**constants, 'STRONG': False, 'GROUP': 1})
-        launch(kernel, key, (ceil_div(n_chunks, 16), *rest, 1), args, {**constants, 'STRONG': True, 'GROUP': 16})
+        launch(
+            kernel,
+            key,
+            (ceil_div(n_chunks, 16), *rest, 1),
+            args,
+            {**constants, 'STRONG': True, 'GROUP': 16},
+        )
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float, normalizer: float, grads: tuple
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gf: Tensor,
+    gb: Tensor,
+    scale: float,
+    normalizer: float,
+    grads: tuple,
 ) -> None:
     """Write the gradients into ``grads``: dq, dk, dv, dgf, dgb, in the inputs' shapes."""
     batch, num_tokens, heads, key_dim = q.shape
@@ -161,9 +183,12 @@ def backward(
     if batch == 0:
         return
     p = plan(key_dim, value_dim, v.dtype)
-    block_t = p['output']['BT']
-    (q, k, v, gf, gb, do, dq, dk, dv, dgf, dgb), unit, strides = address((q, k, v, gf, gb, do, *grads), block_t)
-    of_q, of_k, of_v, of_gf, of_gb, of_do, of_dq, of_dk, of_dv, of_dgf, of_dgb = batched(strides, 3)
+    block_t = p['gradient']['BT']
+    p = {**p, 'states': {**p['states'], 'BT': block_t}, 'swapped': {**p['output'], 'BT': block_t}}
+    (q, k, v, gf, gb, do, dq, dk, dv, dgf, dgb), unit, strides = address(
+        (q, k, v, gf, gb, do, *grads), block_t
+    )
+    of_q, of_k, _, of_gf, of_gb, of_do, of_dq, of_dk, of_dv, of_dgf, of_dgb = batched(strides, 3)
     inputs = (q, k, v, gf, gb, do)
     common = (scale / 2, 1 / normalizer)
     num_chunks = ceil_div(num_tokens, block_t)
@@ -180,24 +205,28 @@ def backward(
         mild_then_strong(
             kernels.output_kernel, key, n_chunks, (ceil_div(value_dim, p['output']['BV']),),
             (*swapped, state, strong, *sizes, *of_q, *of_k, *of_do, *of_gf, *of_gb, *of_dv, *common),
-            {**p['output'], 'NC': 1, 'UNIT': unit, 'SWAP': True}, strong, p['exact'],
+            {**p['swapped'], 'NC': 1, 'UNIT': unit, 'SWAP': True}, strong, p['exact'],
         )  # fmt: skip
         outputs = (dq, dk, dgf, dgb)
         mild_then_strong(
             kernels.gradient_kernel, key, n_chunks, (1,),
-            (*inputs, *outputs, state, strong, *sizes, *strides[:18], *of_dq, *of_dk, *of_dgf, *of_dgb, *common),
+            (*inputs, *outputs, state, strong, *sizes, *strides[:18],
+             *of_dq, *of_dk, *of_dgf, *of_dgb, *common),
             {**p['gradient'], 'UNIT': unit}, strong, p['exact'],
         )  # fmt: skip
 
 
 def compile_key(v: Tensor, gf: Tensor, gb: Tensor, unit: int) -> tuple:
-    """What kernels are compiled for besides constants; () where Triton must look at the arguments itself."""
+    """What kernels are compiled for besides constants; () where Triton must look at the arguments."""
     return (v.device, v.dtype, gf.dtype, gb.dtype) if unit > 1 else ()
 
 
 def address(tensors: tuple, block_t: int) -> tuple[tuple, int, tuple[int, ...]]:
-    """The tensors (copied where a kernel cannot read them), their common unit, and strides in units as the kernels take
-    them: batch, token and head of each."""
+    """The tensors (copied where a kernel cannot read them), their common unit, and their strides in units.
+
+    Strides are those of batch, token and head of each tensor, one after the other, as the kernels take
+    them.
+    """
     copies, unit, strides = layout(tuple((x.shape, x.stride()) for x in tensors), block_t)
     if copies:
         tensors = tuple(x.contiguous() if i in copies else x for i, x in enumerate(tensors))
@@ -209,22 +238,28 @@ def address(tensors: tuple, block_t: int) -> tuple[tuple, int, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=4096)
 def layout(shapes_and_strides: tuple, block_t: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-    """Which tensors must be copied, the largest of 8, 2 and 1 that divides all strides, and the strides in that unit."""
+    """Which tensors must be copied, the largest of 8, 2, 1 to divide all strides, and the strides in it."""
     copies = tuple(
         i
         for i, (shape, stride) in enumerate(shapes_and_strides)
         if (stride[-1] != 1 and shape[-1] > 1) or stride[1] * block_t >= MAX_CHUNK_SPAN
     )
-    strides = [s if n > 1 else 0 for shape, stride in shapes_and_strides for s, n in zip(stride[:3], shape, strict=False)]
+    strides = [
+        s if n > 1 else 0
+        for shape, stride in shapes_and_strides
+        for s, n in zip(stride[:3], shape, strict=False)
+    ]
     unit = next(unit for unit in (8, 2, 1) if all(s % unit == 0 for s in strides))
     return copies, unit, tuple(s // unit for s in strides)
 
 
 def batched(items: tuple, n: int) -> list[tuple]:
+    """Runs of ``n`` items (itertools.batched needs Python 3.12)."""
     return [items[i : i + n] for i in range(0, len(items), n)]
 
 
 def ceil_div(a: int, b: int) -> int:
+    """Quotient rounded up (triton.cdiv takes microseconds)."""
     return -(-a // b)
 
 
@@ -245,7 +280,14 @@ def _(q, k, v, g_fwd, g_bwd, scale, normalizer):
 
 @torch.library.custom_op('mmvig::bigla_backward', mutates_args=())
 def bigla_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_bwd: Tensor, scale: float, normalizer: float
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_fwd: Tensor,
+    g_bwd: Tensor,
+    scale: float,
+    normalizer: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`bigla_op`, each contiguous."""
     grads = tuple(x.new_empty(x.shape) for x in (q, k, v, g_fwd, g_bwd))
@@ -260,7 +302,7 @@ def _(do, q, k, v, g_fwd, g_bwd, scale, normalizer):
 
 @torch.library.custom_op('mmvig::bigla_packed', mutates_args=())
 def bigla_packed_op(qkv: Tensor, gates: Tensor, num_heads: int, scale: float, normalizer: float) -> Tensor:
-    """:func:`mmvig.ops.bigla.bigla_packed` by Triton, as a PyTorch operator; arguments already validated."""
+    """:func:`mmvig.ops.bigla.bigla_packed` by Triton, as a PyTorch operator; arguments are validated."""
     views = unpack(qkv, gates, num_heads)
     o = qkv.new_empty(views[2].shape)
     forward(*views, scale, normalizer, o)

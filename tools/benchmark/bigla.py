@@ -1,0 +1,281 @@
+"""Time BiGLA's backends and peers against the memory floor, after checking that they compute the same.
+
+    python tools/benchmark/bigla.py                          # all shapes, bf16, on the GPU
+    python tools/benchmark/bigla.py --shapes 'det 1' --dtype fp16 --peers ''
+    python tools/benchmark/bigla.py --growth                 # time a token from 4,096 to 1,048,576 tokens
+
+The floor is the time to read every input and write every output once, at the bandwidth of a large copy.
+Times are medians; the L2 cache is flushed before each run on a GPU. Writes bigla.json and bigla.png.
+"""
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.benchmark import Timer
+
+from mmvig.ops import bigla
+from mmvig.ops.bigla import BACKENDS
+
+# Batch, heads, tokens, K, V: ViG-H at 224 x 224 and at 800 x 1216, and plain ViG-T at 1024 x 1024.
+SHAPES = {
+    '224 1': (128, 3, 3136, 16, 32),
+    '224 2': (128, 6, 784, 16, 32),
+    '224 3': (128, 12, 196, 16, 32),
+    '224 4': (128, 24, 49, 16, 32),
+    'det 1': (2, 3, 60800, 16, 32),
+    'det 2': (2, 6, 15200, 16, 32),
+    'det 3': (2, 12, 3800, 16, 32),
+    'det 4': (2, 24, 950, 16, 32),
+    'ViG-T 1024': (32, 3, 4096, 32, 64),
+}
+GROWTH = {f'N {2**i}': (2, 3, 2**i, 16, 32) for i in range(12, 21, 2)}
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
+# Error of the outputs relative to the largest value, allowed before a time is reported.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}
+# The longest sequences that are practical, and over which softmax attention is worth timing.
+LIMITS = {'reference': 256, 'softmax attention': 70_000}
+
+
+def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """q, k, v, g_fwd, g_bwd as views of two fused projections, as ViG-H has them."""
+    batch, heads, tokens, key, value = shape
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(batch, tokens, heads * (2 * key + value), generator=generator, device=device)
+    gates = torch.randn(batch, tokens, 2 * heads * key, generator=generator, device=device)
+    width = heads * key
+    parts = (*qkv.to(dtype).split([width, width, heads * value], -1), *gates.to(dtype).chunk(2, -1))
+    return [x.unflatten(-1, (heads, -1)) for x in parts]
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_bwd: Tensor) -> Tensor:
+    """The same heads, tokens and value width; queries and keys as wide as values, as the kernels want."""
+    heads_first = (x.transpose(1, 2) for x in (v, v, v))
+    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+
+
+def fla_twice(q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_bwd: Tensor) -> Tensor:
+    """flash-linear-attention's one-directional kernel, once a direction, the second on flipped copies."""
+    from fla.ops.gla import chunk_gla
+
+    decays = [F.logsigmoid(g.float()) / 16 for g in (g_fwd, g_bwd)]
+    scale = q.shape[-1] ** -0.5
+    forward = chunk_gla(q, k, v, decays[0], scale=scale)[0]
+    flipped = [x.flip(1) for x in (q, k, v, decays[1])]
+    return (forward + chunk_gla(*flipped, scale=scale)[0].flip(1)) / 2
+
+
+def candidates(backends: list[str], peers: list[str]) -> dict[str, Callable]:
+    """What to time, by name; peers that are not installed are left out, with a line."""
+    functions = {}
+    for name in backends:
+        functions[name] = lambda *x, name=name: bigla(*x, backend=name)
+    if 'fla' in peers:
+        if importlib.util.find_spec('fla') is None:
+            print('fla-core is not installed: left out')
+        else:
+            functions['fla twice'] = fla_twice
+    if 'sdpa' in peers:
+        functions['softmax attention'] = softmax_attention
+    return functions
+
+
+def measure(function: Callable[[], object], device: str) -> float:
+    """Median seconds of a call."""
+    if device == 'cuda':
+        from triton.testing import do_bench
+
+        return do_bench(function, warmup=25, rep=150, return_mode='median') / 1e3
+    return Timer('function()', globals={'function': function}).blocked_autorange(min_run_time=0.05).median
+
+
+def peak_memory(function: Callable[[], object], device: str) -> int | None:
+    """Bytes allocated at most during a call beyond what was before."""
+    if device != 'cuda':
+        return None
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.ones(2**30 if device == 'cuda' else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / measure(lambda: target.copy_(source), device)
+
+
+def benchmark(function: Callable, inputs: list[Tensor], floors: tuple[float, float]) -> dict:
+    """Seconds, factors over the floors and peak memory: a forward pass, and a forward and backward pass."""
+    device = inputs[0].device.type
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    do = torch.randn_like(inputs[2])
+
+    def forward():
+        with torch.no_grad():
+            return function(*inputs)
+
+    def training():
+        return torch.autograd.grad(function(*leaves), leaves, do, allow_unused=True)
+
+    row = {}
+    for step, floor in zip((forward, training), floors, strict=True):
+        key = step.__name__
+        row[key] = measure(step, device)
+        row[f'{key}_factor'] = row[key] / floor
+        row[f'{key}_memory'] = peak_memory(step, device)
+    return row
+
+
+def run(shape: tuple[int, ...], dtype: torch.dtype, device: str, functions: dict, bandwidth: float) -> dict:
+    """All candidates at one shape."""
+    batch, heads, tokens, key, value = shape
+    inputs = make_inputs(shape, dtype, device)
+    with torch.no_grad():
+        # A slice of the batch in float64 is the truth: images do not mix, and memory is limited.
+        expected = bigla(*(x[:1].double() for x in inputs), backend='chunked')
+    items = batch * heads * tokens * inputs[0].element_size()
+    traffic = items * (4 * key + 2 * value), items * (8 * key + 3 * value)
+    floors = traffic[0] / bandwidth, sum(traffic) / bandwidth
+    result = {'shape': shape, 'floor': floors, 'bytes': traffic, 'rows': []}
+    for name, function in functions.items():
+        if tokens > LIMITS.get(name, sys.maxsize):
+            continue
+        row = {'name': name}
+        if name != 'softmax attention':  # which computes something else
+            with torch.no_grad():
+                error = (function(*(x[:1] for x in inputs)).double() - expected).abs().max()
+            row['error'] = (error / expected.abs().max()).item()
+            row['wrong'] = not row['error'] <= TOLERANCE[dtype]
+        if not row.get('wrong'):
+            row |= benchmark(function, inputs, floors)
+        result['rows'].append(row)
+    return result
+
+
+def show(name: str, result: dict) -> None:
+    """Print one shape's rows."""
+    shape, floors = result['shape'], result['floor']
+    print(f'\n{name}: B {shape[0]} H {shape[1]} N {shape[2]} K/V {shape[3]}/{shape[4]}, ', end='')
+    print(f'floor {floors[0] * 1e3:.3f} / {floors[1] * 1e3:.3f} ms')
+    for row in result['rows']:
+        if row.get('wrong'):
+            print(f'  {row["name"]:18} wrong: error {row["error"]:.1e} of the largest value')
+            continue
+        memory = (
+            ''
+            if row['forward_memory'] is None
+            else ' {:8.1f} {:8.1f} MB'.format(row['forward_memory'] / 1e6, row['training_memory'] / 1e6)
+        )
+        print(
+            f'  {row["name"]:18} forward {row["forward"] * 1e3:9.3f} ms ({row["forward_factor"]:7.1f} x), '
+            f'forward + backward {row["training"] * 1e3:9.3f} ms ({row["training_factor"]:7.1f} x), '
+            f'{result["bytes"][0] / row["forward"] / 1e12:5.2f} TB/s{memory}',
+            flush=True,
+        )
+
+
+def plot(results: dict, path: Path) -> None:
+    """Time against tokens a head and image, log-log, with the floor."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharex=True)
+    for axis, key, index in zip(axes, ('forward', 'training'), (0, 1), strict=True):
+        lines: dict[str, list] = {'floor': []}
+        for result in results.values():
+            tokens = result['shape'][0] * result['shape'][1] * result['shape'][2]
+            lines['floor'].append((tokens, result['floor'][index]))
+            for row in result['rows']:
+                if key in row:
+                    lines.setdefault(row['name'], []).append((tokens, row[key]))
+        for name, points in lines.items():
+            style = 'k--' if name == 'floor' else 'o-'
+            axis.loglog(*zip(*((x, y * 1e3) for x, y in sorted(points)), strict=True), style, label=name)
+        axis.set_title('forward' if key == 'forward' else 'forward + backward')
+        axis.set_xlabel('tokens x heads x images')
+        axis.set_ylabel('ms')
+        axis.grid(True, which='both', alpha=0.2)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--shapes', nargs='*', help=f'some of {list(SHAPES)}, or B,H,N,K,V; default: all')
+    parser.add_argument(
+        '--growth', action='store_true', help='sequence lengths from 4,096 to 1,048,576 instead'
+    )
+    parser.add_argument('--dtype', choices=DTYPES, default='bf16')
+    parser.add_argument('--backends', nargs='*', default=['triton', 'chunked'], choices=BACKENDS)
+    parser.add_argument(
+        '--peers', nargs='*', default=['fla', 'sdpa'], help='fla (fla-core), sdpa (softmax attention)'
+    )
+    parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
+    parser.add_argument(
+        '--out', type=Path, default=Path('work_dirs/benchmark'), help='folder of bigla.json, bigla.png'
+    )
+    return parser.parse_args()
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """A named shape, or B,H,N,K,V."""
+    if text in SHAPES:
+        return SHAPES[text]
+    sizes = tuple(int(x) for x in text.split(',') if x.strip().isdigit())
+    if len(sizes) != 5:
+        sys.exit(f'shape must be B,H,N,K,V or one of {list(SHAPES)}, got {text!r}')
+    return sizes
+
+
+def main() -> None:
+    """Check, time, print, write."""
+    args = parse_args()
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        print(
+            'no CUDA device: run this on a machine with one, or give --device cpu and small --shapes',
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    names = list(GROWTH) if args.growth else args.shapes or list(SHAPES)
+    shapes = {name: GROWTH[name] if args.growth else parse_shape(name) for name in names}
+    bandwidth = statistics.median(copy_bandwidth(args.device) for _ in range(3))
+    machine = (
+        torch.cuda.get_device_name()
+        if args.device == 'cuda'
+        else platform.processor() or platform.machine()
+    )
+    print(f'{machine}, torch {torch.__version__}, {args.dtype}, copy bandwidth {bandwidth / 1e12:.2f} TB/s')
+    functions = candidates(args.backends, args.peers)
+    results = {}
+    for name, shape in shapes.items():
+        results[name] = run(shape, DTYPES[args.dtype], args.device, functions, bandwidth)
+        show(name, results[name])
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = {'machine': machine, 'torch': torch.__version__, 'dtype': args.dtype, 'bandwidth': bandwidth}
+    (args.out / 'bigla.json').write_text(json.dumps({**report, 'results': results}, indent=1) + '\n')
+    plot(results, args.out / 'bigla.png')
+    print(f'\n{args.out / "bigla.json"}\n{args.out / "bigla.png"}')
+    if any(row.get('wrong') for result in results.values() for row in result['rows']):
+        sys.exit('some results are wrong: their times are not reported')
+
+
+if __name__ == '__main__':
+    main()
