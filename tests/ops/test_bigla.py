@@ -74,6 +74,25 @@ def test_chunked_equals_reference(num_tokens, gates, dtype):
     assert_close(run(inputs, 'chunked'), expected, TOLERANCE[dtype])
 
 
+def test_mild_and_general_form_agree(monkeypatch):
+    """On a CPU gates decide which form computes; both sides of the limit are right, and it is a limit."""
+    inputs = make_inputs(150, 16, 32, dtype=torch.float32)
+    expected = run([x.double() for x in inputs], 'reference')
+    assert chunked._mild_forward(*inputs, 0.25, 16.0) is not None
+    mild = run(inputs, 'chunked')
+    assert_close(mild, expected, TOLERANCE[torch.float32])
+    monkeypatch.setattr(chunked, 'MILD_SPAN', 0.0)
+    assert chunked._mild_forward(*inputs, 0.25, 16.0) is None
+    general = run(inputs, 'chunked')
+    assert_close(general, expected, TOLERANCE[torch.float32])
+    assert not torch.equal(mild[0], general[0])
+
+
+def test_strong_gates_take_the_general_form():
+    for gates in ('strong', 'closed', 'mixed'):
+        assert chunked._mild_forward(*make_inputs(40, gates=gates), 0.25, 16.0) is None
+
+
 def test_chunked_equals_reference_over_many_groups():
     inputs = make_inputs(1500, batch=1, heads=1, dtype=torch.float32)
     expected = run([x.double() for x in inputs], 'reference')

@@ -1,10 +1,11 @@
 """BiGLA chunk by chunk in plain PyTorch: any device, linear in N, exportable, nothing overflows.
 
-Every decay here is the exponential of a sum of log gates over exactly the tokens that lie between two
+Every decay in the general form is the exponential of a sum of log gates over exactly the tokens between two
 positions. The sums are products with constant 0/1 matrices, never differences of running sums, so no
 exponent is positive and none loses digits, however strong the gates are. See README.md beside this file.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -17,6 +18,10 @@ CHUNK = 8
 # Chunks that are solved at once by their pairwise decays, and how many may be without grouping.
 GROUP = 16
 UNGROUPED = 32
+# The factored form on CPUs: tokens per chunk, and the largest |log decay| over one. Its factors stay within
+# exp(+-20), where float32 loses no more than a digit.
+MILD_CHUNK = 32
+MILD_SPAN = 40.0
 # Doubling steps in a traced graph, where N is symbolic: enough for 2^20 groups, 134 million tokens.
 TRACED_STEPS = 20
 
@@ -43,6 +48,10 @@ def _forward(
 ) -> Tensor:
     with torch.autocast(v.device.type, enabled=False):
         compute_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+        if compute_dtype == torch.float32 and v.device.type == 'cpu' and not torch.compiler.is_compiling():
+            o = _mild_forward(q, k, v, g_fwd, g_bwd, scale, normalizer)
+            if o is not None:
+                return o.to(v.dtype)
         num_tokens = q.shape[1]
         q_c = _split(q.to(compute_dtype) * (scale / 2))  # [B, n, H, K, C]
         k_c = _split(k.to(compute_dtype))
@@ -58,6 +67,48 @@ def _forward(
         o = o.transpose(2, 3).flatten(1, 2)  # [B, n * C, H, V]
         # Not a slice: a traced graph would need a proof that it is no longer than the padded sequence.
         return o.index_select(1, torch.arange(num_tokens, device=o.device)).to(v.dtype)
+
+
+def _mild_forward(
+    q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_bwd: Tensor, scale: float, normalizer: float
+) -> Tensor | None:
+    """The same in float32 with decay(t, s) = exp(c_t - h) * exp(h - c_s), c the running sum of log decays and h
+    half the chunk's; None if the gates are too strong for that.
+
+    Reads gate values to decide, so it is for eager mode on CPUs.
+    """
+    num_tokens = q.shape[1]
+    pad = -num_tokens % MILD_CHUNK
+
+    def chunks(x: Tensor, fill: float = 0.0) -> Tensor:
+        """[B, N, H, D] -> [B, n, H, C, D] in float32."""
+        if pad:
+            x = F.pad(x, (0, 0, 0, 0, 0, pad), value=fill)
+        return x.unflatten(1, (-1, MILD_CHUNK)).transpose(2, 3).to(torch.float32)
+
+    # A logit of +inf is a log decay of 0: padding changes no state.
+    sums = [(F.logsigmoid(chunks(g, math.inf)) / normalizer).cumsum(-2) for g in (g_fwd, g_bwd)]
+    totals = [c[..., -1, :] for c in sums]
+    if not -min(total.min().item() for total in totals) < MILD_SPAN:
+        return None
+    q_c, k_c, v_c = chunks(q) * (scale / 2), chunks(k), chunks(v)
+    halves = [total[..., None, :] / 2 for total in totals]
+    forward = (sums[0] - halves[0]).exp()
+    # Backward, the gate of the token itself does not count: the sums up to the token before it.
+    before = F.pad(sums[1][..., :-1, :], (0, 0, 1, 0))
+    backward = (halves[1] - before).exp()
+    queries = q_c * forward, q_c * backward
+    keys = k_c / forward, k_c / backward
+    pairs = (queries[0] @ keys[0].transpose(-1, -2)).tril(-1)
+    pairs = pairs + (queries[1] @ keys[1].transpose(-1, -2)).triu(1)
+    # A token's own pair has no decay, so no gate has a gradient from it.
+    pairs.diagonal(dim1=-2, dim2=-1).copy_(2 * (q_c * k_c).sum(-1))
+    o = pairs @ v_c
+    for i, reverse in enumerate((False, True)):
+        to_end = halves[i].exp().transpose(-1, -2)
+        update = (keys[i].transpose(-1, -2) @ v_c) * to_end
+        o = o + queries[i] @ (_entry_states(totals[i], update, reverse) * to_end)
+    return o.transpose(2, 3).flatten(1, 2)[:, :num_tokens]
 
 
 def _split(x: Tensor) -> Tensor:
