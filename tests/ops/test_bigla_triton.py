@@ -210,6 +210,26 @@ def test_is_a_torch_operator():
     torch.library.opcheck(backend.bigla_packed_op, (qkv, gates, 1, 0.25, 16.0))
 
 
+@pytest.mark.parametrize('packed', [False, True])
+def test_torch_compile_with_dynamic_length(packed):
+    def function(*x):
+        out = bigla_packed(*x, 1, backend='triton') if packed else bigla(*x, backend='triton')
+        return out.sin()
+
+    backend_name = 'inductor' if ON_GPU else 'aot_eager'
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend_name)
+    for num_tokens in (100, 150, 333) if ON_GPU else (10, 20):
+        if packed:
+            inputs = [torch.randn(1, num_tokens, width, device=DEVICE) for width in (64, 32)]
+        else:
+            inputs = make_inputs(num_tokens)
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out, expected = compiled(*inputs), function(*inputs)
+        torch.testing.assert_close(out, expected)
+        for a, e in zip(*(torch.autograd.grad(x.sum(), inputs) for x in (out, expected)), strict=True):
+            torch.testing.assert_close(a, e)
+
+
 def test_refuses_what_it_cannot_take():
     wide = make_inputs(4, key=300)
     with pytest.raises(ValueError, match='widths K and V up to 256'):
@@ -301,21 +321,6 @@ def test_compiles_for_no_length():
         run(make_inputs(65 + 97 * i, heads=3, dtype=torch.bfloat16), 'triton')
     run(make_inputs(1, heads=3, dtype=torch.bfloat16), 'triton')
     assert compiled() == before
-
-
-@gpu
-def test_torch_compile_with_dynamic_length():
-    @torch.compile(fullgraph=True, dynamic=True)
-    def function(*x):
-        return bigla(*x).sin()
-
-    for num_tokens in (100, 150, 333):
-        inputs = [x.requires_grad_() for x in make_inputs(num_tokens)]
-        out = function(*inputs)
-        expected = bigla(*inputs).sin()
-        torch.testing.assert_close(out, expected)
-        for a, e in zip(*(torch.autograd.grad(x.sum(), inputs) for x in (out, expected)), strict=True):
-            torch.testing.assert_close(a, e)
 
 
 @gpu

@@ -4,7 +4,6 @@ Source: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated
 AAAI 2025 (arXiv 2405.18425), bidirectional gated linear attention.
 """
 
-import importlib
 import logging
 import math
 
@@ -17,6 +16,8 @@ from mmvig.ops.bigla.reference import bigla_reference
 __all__ = ['BACKENDS', 'bigla', 'bigla_packed']
 
 BACKENDS = ('reference', 'chunked', 'triton')
+# Widths K and V that the Triton kernels take.
+MAX_WIDTH = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -66,7 +67,7 @@ def bigla(
     backend = _choose(backend, q, q.shape[-1], v.shape[-1])
     inputs = (q, k, v, g_fwd, g_bwd)
     if backend == 'triton':
-        return _triton().bigla_op(*inputs, scale, gate_normalizer)
+        return torch.ops.mmvig.bigla(*inputs, scale, gate_normalizer)
     return (bigla_chunked if backend == 'chunked' else bigla_reference)(*inputs, scale, gate_normalizer)
 
 
@@ -115,7 +116,7 @@ def bigla_packed(
         return bigla(*views, **options).flatten(2)
     _check_tensors(*views)
     scale = _check_options(scale, gate_normalizer, key_width // num_heads)
-    return _triton().bigla_packed_op(qkv, gates, num_heads, scale, gate_normalizer)
+    return torch.ops.mmvig.bigla_packed(qkv, gates, num_heads, scale, gate_normalizer)
 
 
 def check_backend(backend: str) -> None:
@@ -131,7 +132,10 @@ def _choose(backend: str, x: Tensor, key_dim: int, value_dim: int) -> str:
         return backend
     if backend == 'auto' and x.device.type == 'cpu':
         return 'chunked'
-    reason = _why_not_triton(x.device.type, x.device.index, x.dtype, key_dim, value_dim)
+    if max(key_dim, value_dim) > MAX_WIDTH:
+        reason = f'it takes widths K and V up to {MAX_WIDTH}, got {key_dim} and {value_dim}'
+    else:
+        reason = _why_not_triton(x.device.type, x.device.index, x.dtype)
     if reason is None:
         return 'triton'
     if backend == 'triton':
@@ -141,14 +145,12 @@ def _choose(backend: str, x: Tensor, key_dim: int, value_dim: int) -> str:
 
 
 @torch.compiler.assume_constant_result
-def _why_not_triton(
-    device_type: str, index: int | None, dtype: torch.dtype, key_dim: int, value_dim: int
-) -> str | None:
+def _why_not_triton(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
     try:
-        module = _triton()
+        from mmvig.ops.bigla.triton import unavailable
     except ImportError as error:
         return f'Triton cannot be imported ({error})'
-    return module.unavailable(torch.device(device_type, index), dtype, key_dim, value_dim)
+    return unavailable(torch.device(device_type, index), dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -161,11 +163,6 @@ def _announce(reason: str) -> None:
 
 
 _announced: set[str] = set()
-
-
-def _triton():
-    # On first use: importing Triton takes a while, and machines without a GPU never need it.
-    return importlib.import_module('mmvig.ops.bigla.triton')
 
 
 def _check_options(scale: float | None, gate_normalizer: float, key_dim: int) -> float:

@@ -74,8 +74,8 @@ def _mild_forward(
 ) -> Tensor | None:
     """The same in float32 in the factored form; None if the gates are too strong for that.
 
-    decay(t, s) = exp(c_t - h) * exp(h - c_s), c the running sum of log decays and h half the chunk's. Reads gate
-    values to decide, so it is for eager mode on CPUs.
+    decay(t, s) = exp(c_t - h) * exp(h - c_s), c the running sum of log decays and h half the chunk's.
+    Reads gate values to decide, so it is for eager mode on CPUs.
     """
     num_tokens = q.shape[1]
     pad = -num_tokens % MILD_CHUNK
@@ -84,7 +84,8 @@ def _mild_forward(
         """[B, N, H, D] -> [B, n, H, C, D] in float32."""
         if pad:
             x = F.pad(x, (0, 0, 0, 0, 0, pad), value=fill)
-        return x.unflatten(1, (-1, MILD_CHUNK)).transpose(2, 3).to(torch.float32).contiguous()
+        x = x.unflatten(1, (-1, MILD_CHUNK)).transpose(2, 3)
+        return x.to(torch.float32).contiguous()
 
     # A logit of +inf is a log decay of 0: padding changes no state.
     sums = [(F.logsigmoid(chunks(g, math.inf)) / normalizer).cumsum(-2) for g in (g_fwd, g_bwd)]

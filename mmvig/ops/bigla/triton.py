@@ -19,17 +19,14 @@ INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 # The launcher's arguments are Triton's own affair: known for these versions, others go the public way.
 FAST_LAUNCH = not INTERPRETED and (3, 4) <= tuple(map(int, triton.__version__.split('.')[:2])) <= (3, 8)
 MIN_CAPABILITY = (8, 0)
-MAX_WIDTH = 256
 # Largest number of elements between a chunk's first and last token: offsets within a chunk are 32-bit.
 MAX_CHUNK_SPAN = 2**31
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> str | None:
-    """Why these kernels cannot take such inputs, or None if they can."""
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot run on a device and dtype, or None if they can."""
     if dtype == torch.float64:
         return 'it computes in float32, and the inputs are float64'
-    if max(key_dim, value_dim) > MAX_WIDTH:
-        return f'it takes widths K and V up to {MAX_WIDTH}, got {key_dim} and {value_dim}'
     if INTERPRETED:
         return None
     if device.type != 'cuda':
