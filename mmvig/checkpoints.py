@@ -1,8 +1,9 @@
-"""Official ViG-H checkpoints and ours: names, reading files, strict matching.
+"""Official checkpoints and ours: names, reading files, strict matching.
 
-A backbone takes three kinds of state dict, told apart by their names: the official classification model
-(``patch_embed.*, layers.*, classifier.*``), the official backbone (``outnorm{i}`` for the classifier) and
-our own (``stem.*, stages.*, norm{i}``).
+A backbone takes several kinds of state dict, told apart by their names. ViG-H: the official classification
+model (``patch_embed.*, layers.*, classifier.*``), the official backbone (``outnorm{i}`` for the classifier)
+and our own (``stem.*, stages.*, norm{i}``). ViG: the official classification model (``patch_embed.proj.*,
+blocks.*.attn.*, norm, head``) and our own (``stem.*, blocks.*.mixer.*, norm{i}``); both have ``pos_embed``.
 """
 
 import re
@@ -16,27 +17,43 @@ from mmengine.dist import barrier, get_local_rank
 from mmengine.logging import HistoryBuffer, print_log
 from torch import Tensor, nn
 
+MIXER = {
+    'in_proj.0': 'dwconv',
+    'qkv_proj': 'qkv',
+    'gk_proj.0': 'decay_down',
+    'gk_proj.1': 'decay_up',
+    'g_proj': 'mix_gate',
+    'g_norm': 'norm_long',
+    'l_norm': 'norm_short',
+    'o_proj': 'out',
+}
 OFFICIAL_TO_OURS = {
+    # ViG-H
     'patch_embed.0': 'stem.down1.conv',
     'patch_embed.2': 'stem.down1.norm',
     'patch_embed.5': 'stem.down2.conv',
     'patch_embed.7': 'stem.down2.norm',
     'layers.#.blocks.#.norm': 'stages.#.blocks.#.norm1',
-    'layers.#.blocks.#.op.in_proj.0': 'stages.#.blocks.#.mixer.dwconv',
-    'layers.#.blocks.#.op.qkv_proj': 'stages.#.blocks.#.mixer.qkv',
-    'layers.#.blocks.#.op.gk_proj.0': 'stages.#.blocks.#.mixer.decay_down',
-    'layers.#.blocks.#.op.gk_proj.1': 'stages.#.blocks.#.mixer.decay_up',
-    'layers.#.blocks.#.op.g_proj': 'stages.#.blocks.#.mixer.mix_gate',
-    'layers.#.blocks.#.op.g_norm': 'stages.#.blocks.#.mixer.norm_long',
-    'layers.#.blocks.#.op.l_norm': 'stages.#.blocks.#.mixer.norm_short',
-    'layers.#.blocks.#.op.o_proj': 'stages.#.blocks.#.mixer.out',
+    **{f'layers.#.blocks.#.op.{key}': f'stages.#.blocks.#.mixer.{name}' for key, name in MIXER.items()},
     'layers.#.blocks.#.norm2': 'stages.#.blocks.#.norm2',
     'layers.#.blocks.#.mlp.fc1': 'stages.#.blocks.#.mlp.fc1',
     'layers.#.blocks.#.mlp.fc2': 'stages.#.blocks.#.mlp.fc2',
     'layers.#.downsample.1': 'stages.#.downsample.conv',
     'layers.#.downsample.3': 'stages.#.downsample.norm',
     'outnorm#': 'norm#',
+    # ViG
+    'patch_embed.proj.0': 'stem.down1.conv',
+    'patch_embed.proj.1': 'stem.down1.norm',
+    'patch_embed.proj.3': 'stem.down2.conv',
+    'patch_embed.proj.4': 'stem.down2.norm',
+    'blocks.#.attn_norm': 'blocks.#.norm1',
+    **{f'blocks.#.attn.{key}': f'blocks.#.mixer.{name}' for key, name in MIXER.items()},
+    'blocks.#.mlp_norm': 'blocks.#.norm2',
+    'blocks.#.mlp.gate_proj': 'blocks.#.mlp.fc1',
+    'blocks.#.mlp.down_proj': 'blocks.#.mlp.fc2',
 }
+# The numbers of stages, blocks and norms in an official name.
+NUMBERS = re.compile(r'(?<=^layers\.)\d+|(?<=^blocks\.)\d+|(?<=\.blocks\.)\d+|(?<=^outnorm)\d+')
 # Where a checkpoint file may hold its state dict, in this order.
 CONTAINERS = ('state_dict', 'model', 'model_ema')
 
@@ -44,8 +61,8 @@ CONTAINERS = ('state_dict', 'model', 'model_ema')
 def our_name(official: str) -> str:
     """Our name of an official parameter; a name that is not official comes back unchanged."""
     module, _, leaf = official.rpartition('.')
-    numbers = iter(re.findall(r'(?<=^layers\.)\d+|(?<=\.blocks\.)\d+|(?<=^outnorm)\d+', module))
-    pattern = re.sub(r'(?<=^layers\.)\d+|(?<=\.blocks\.)\d+|(?<=^outnorm)\d+', '#', module)
+    numbers = iter(NUMBERS.findall(module))
+    pattern = NUMBERS.sub('#', module)
     if pattern not in OFFICIAL_TO_OURS:
         return official
     ours = re.sub('#', lambda _: next(numbers), OFFICIAL_TO_OURS[pattern])
@@ -119,12 +136,13 @@ def _contained(content: Mapping) -> Mapping:
 def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool = True) -> None:
     """Turn a backbone's part of a state dict into exactly its own keys, in place.
 
-    Official names become ours. The classifier is dropped, or, where the last stage is the only output,
-    its norm becomes that output's norm. Output norms that either side lacks are dropped or keep
-    their present values, and so are stages that ``out_indices`` left unbuilt.
+    Official names become ours. The classifier is dropped. The classification model's last norm becomes
+    the last unit's: always in ViG, whose own it is, and in ViG-H where the last stage is the only output.
+    Output norms that either side lacks are dropped or keep their present values (not ViG's own), and
+    stages and blocks that ``out_indices`` left unbuilt are dropped.
 
     Args:
-        backbone: a :class:`mmvig.backbones.ViGH`.
+        backbone: a :class:`mmvig.backbones.base.Backbone`.
         state_dict: the state dict being loaded, possibly of a larger model.
         prefix: the backbone's prefix in it.
         strict: whether anything else that does not match is an error. Default: True.
@@ -137,21 +155,21 @@ def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool = Tru
         return  # nothing of a backbone in it: the caller reports that as for any module
     incoming = {our_name(key[len(prefix) :]): value for key, value in incoming.items()}
     own = backbone.state_dict()
-    last = len(backbone.depths) - 1
+    last = backbone.num_units - 1
     for leaf in ('weight', 'bias'):
-        norm = incoming.pop(f'classifier.norm.{leaf}', None)
-        incoming.pop(f'classifier.head.{leaf}', None)
-        if norm is not None and backbone.out_indices == (last,):
+        norm = incoming.pop(f'{backbone.official_norm}.{leaf}', None)
+        incoming.pop(f'{backbone.official_head}.{leaf}', None)
+        if norm is not None and (backbone.owns_final_norm or backbone.out_indices == (last,)):
             incoming[f'norm{last}.{leaf}'] = norm
 
     dropped = [key for key in incoming if key not in own and _is_unbuilt(backbone, key)]
     for key in dropped:
         del incoming[key]
-    kept = [
-        f'norm{i}' for i in backbone.out_indices if not {f'norm{i}.weight', f'norm{i}.bias'} & {*incoming}
-    ]
-    for name in kept:
-        incoming.update({f'{name}.{leaf}': own[f'{name}.{leaf}'] for leaf in ('weight', 'bias')})
+    optional = [i for i in backbone.out_indices if i != last or not backbone.owns_final_norm]
+    kept = {f'norm{i}': [key for key in own if key.startswith(f'norm{i}.')] for i in optional}
+    kept = {name: keys for name, keys in kept.items() if not {*keys} & {*incoming}}
+    for keys in kept.values():
+        incoming.update({key: own[key] for key in keys})
     if strict:
         _check(backbone, own, incoming)
     if kept:
@@ -160,13 +178,14 @@ def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool = Tru
 
 
 def _is_unbuilt(backbone: nn.Module, key: str) -> bool:
-    """Whether a backbone of the same arch with all outputs has this key's norm, stage or downsample."""
-    match = re.match(r'(norm|stages\.)(\d+)\.(downsample\.)?', key)
-    if not match or int(match[2]) >= len(backbone.depths):
+    """Whether a backbone of the same arch with all outputs has this key's norm, unit or downsample."""
+    match = re.match(rf'(norm|{backbone.units}\.)(\d+)\.(downsample\.)?', key)
+    if not match or int(match[2]) >= backbone.num_units:
         return False
-    built = len(backbone.stages)
-    stage = int(match[2])
-    return match[1] == 'norm' or stage >= built or (stage == built - 1 and match[3] is not None)
+    unit, last = int(match[2]), max(backbone.out_indices)
+    if match[1] == 'norm':
+        return unit not in backbone.out_indices
+    return unit > last or (unit == last and match[3] is not None)
 
 
 def _check(backbone: nn.Module, own: Mapping[str, Tensor], incoming: Mapping[str, Tensor]) -> None:

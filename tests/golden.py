@@ -11,6 +11,7 @@ import torch
 
 GOLDEN = Path(__file__).parent / 'data' / 'golden_vig.npz'
 WIDTHS = {'tiny': 96, 'small': 96, 'base': 128}
+PLAIN_WIDTHS = {'tiny': 192, 'small': 384, 'base': 768}
 DEPTHS = {'tiny': (2, 2, 5, 2), 'small': (2, 2, 17, 2), 'base': (2, 2, 17, 2)}
 
 
@@ -26,7 +27,9 @@ def array(tag, shape):
 def weight(name, shape):
     """Value of the official parameter ``name``."""
     x = _standard_normal(name, shape)
-    if len(shape) >= 2:
+    if name == 'pos_embed':
+        x = 0.02 * x
+    elif len(shape) >= 2:
         x = x / np.sqrt(np.prod(shape[1:]))
     else:
         x = 0.1 * x if name.endswith('bias') else 1 + 0.1 * x
@@ -75,6 +78,44 @@ def official_shapes(arch, classifier):
     return shapes
 
 
+def official_plain_shapes(arch):
+    """The same of plain ViG, which was released as a classification model only."""
+    width = PLAIN_WIDTHS[arch]
+    hidden = 256 * -(-int(8 * width / 3) // 256)
+    shapes = {'pos_embed': (1, 196, width)}
+
+    def add(name, *shape, bias=True):
+        shapes[f'{name}.weight'] = shape
+        if bias:
+            shapes[f'{name}.bias'] = shape[:1]
+
+    add('patch_embed.proj.0', width // 2, 3, 9, 9)
+    add('patch_embed.proj.1', width // 2)
+    add('patch_embed.proj.3', width, width // 2, 3, 3)
+    add('patch_embed.proj.4', width)
+    for j in range(12):
+        add(f'blocks.{j}.attn_norm', width, bias=False)
+        add(f'blocks.{j}.attn.in_proj.0', width, 1, 3, 3, bias=False)
+        add(f'blocks.{j}.attn.qkv_proj', 2 * width, width, bias=False)
+        add(f'blocks.{j}.attn.gk_proj.0', 16, width, bias=False)
+        add(f'blocks.{j}.attn.gk_proj.1', width, 16)
+        add(f'blocks.{j}.attn.o_proj', width, width, bias=False)
+        add(f'blocks.{j}.attn.g_norm', 64, bias=False)
+        add(f'blocks.{j}.attn.l_norm', 64, bias=False)
+        add(f'blocks.{j}.attn.g_proj', width, width)
+        add(f'blocks.{j}.mlp_norm', width, bias=False)
+        add(f'blocks.{j}.mlp.gate_proj', 2 * hidden, width, bias=False)
+        add(f'blocks.{j}.mlp.down_proj', width, hidden, bias=False)
+    add('norm', width, bias=False)
+    add('head', 1000, width)
+    return shapes
+
+
 def official_state_dict(arch, classifier=False):
     """An official checkpoint's state dict with the golden weights."""
     return {name: weight(name, shape) for name, shape in official_shapes(arch, classifier).items()}
+
+
+def official_plain_state_dict(arch):
+    """Plain ViG's, likewise."""
+    return {name: weight(name, shape) for name, shape in official_plain_shapes(arch).items()}

@@ -8,44 +8,45 @@ import pytest
 BUILD = """
 import torch
 {setup}
-model = MODELS.build(dict(type={type!r}, arch='tiny', out_indices=(0, 1, 2, 3)))
-assert type(model).__module__ == 'mmvig.backbones.vig_h', type(model)
-print('built', type(model).__name__)
+for name, module in (('ViGH', 'vig_h'), ('ViG', 'vig')):
+    model = MODELS.build(dict(type={prefix!r} + name, arch='tiny', out_indices=(0, 1, 2, 3)))
+    assert type(model).__module__ == 'mmvig.backbones.' + module, type(model)
+    print('built', type(model).__name__)
 """
 ROOT = 'from mmengine.registry import MODELS'
 CASES = {
-    'no scope': (ROOT, 'mmvig.ViGH'),
+    'no scope': (ROOT, 'mmvig.'),
     "mmdet's scope": (
         'import mmvig.compat\nfrom mmengine.registry import init_default_scope\n'
         "init_default_scope('mmdet')\nfrom mmdet.registry import MODELS",
-        'mmvig.ViGH',
+        'mmvig.',
     ),
     "mmseg's scope": (
         'import mmvig.compat\nfrom mmengine.registry import init_default_scope\n'
         "init_default_scope('mmseg')\nfrom mmseg.registry import MODELS",
-        'mmvig.ViGH',
+        'mmvig.',
     ),
     "mmpretrain's scope": (
         'import mmvig.compat\nfrom mmengine.registry import init_default_scope\n'
         "init_default_scope('mmpretrain')\nfrom mmpretrain.registry import MODELS",
-        'mmvig.ViGH',
+        'mmvig.',
     ),
     'custom_imports after mmvig was imported': (
         'import mmvig\nimport mmvig.compat\n' + ROOT + '\nfrom mmengine.config import Config\n'
         "cfg = Config.fromstring(\"custom_imports = dict(imports=['mmvig'])\", '.py')",
-        'ViGH',
+        '',
     ),
     'custom_imports and no prefix': (
         ROOT + '\nfrom mmengine.config import Config\n'
         "cfg = Config.fromstring(\"custom_imports = dict(imports=['mmvig'])\", '.py')",
-        'ViGH',
+        '',
     ),
 }
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_resolution(case):
-    setup, type_ = CASES[case]
-    code = BUILD.format(setup=setup, type=type_)
+    setup, prefix = CASES[case]
+    code = BUILD.format(setup=setup, prefix=prefix)
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
-    assert result.stdout.strip().endswith('built ViGH'), result.stdout + result.stderr
+    assert result.stdout.strip().endswith('built ViGH\nbuilt ViG'), result.stdout + result.stderr

@@ -1,5 +1,6 @@
 """Backbones of the ViG family, registered as ``mmvig.<name>``."""
 
+from mmvig.backbones.vig import ViG
 from mmvig.backbones.vig_h import ViGH
 
-__all__ = ['ViGH']
+__all__ = ['ViG', 'ViGH']

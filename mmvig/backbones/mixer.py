@@ -1,6 +1,7 @@
 """The gated token mixer of ViG: short (3x3) and long (BiGLA) context, mixed by a learned gate."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvig.ops.bigla import bigla_packed, check_backend
@@ -24,12 +25,21 @@ class GatedTokenMixer(nn.Module):
         channels: width C of the input and the output.
         num_heads: heads H; keys are C / 2H wide, values C / H.
         backend: BiGLA backend, see :func:`mmvig.ops.bigla.bigla`. Default: 'auto'.
+        conv_act: whether u is silu(DWConv3x3(x)), as in plain ViG-T. Default: False.
+        out_act: whether SiLU is applied to what W_o takes, as in plain ViG-T. Default: False.
 
     Raises:
         ValueError: C is no multiple of 2H, or the backend is unknown.
     """
 
-    def __init__(self, channels: int, num_heads: int, backend: str = 'auto'):
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        backend: str = 'auto',
+        conv_act: bool = False,
+        out_act: bool = False,
+    ):
         super().__init__()
         if channels % (2 * num_heads):
             raise ValueError(
@@ -38,6 +48,8 @@ class GatedTokenMixer(nn.Module):
         check_backend(backend)
         self.num_heads = num_heads
         self.backend = backend
+        self.conv_act = conv_act
+        self.out_act = out_act
         self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.qkv = nn.Linear(channels, 2 * channels, bias=False)
         self.decay_down = nn.Linear(channels, GATE_RANK, bias=False)
@@ -51,6 +63,8 @@ class GatedTokenMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens: ``[B, H, W, C]`` -> ``[B, H, W, C]``."""
         u = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last in memory
+        if self.conv_act:
+            u = F.silu(u)
         tokens = u.flatten(1, 2)  # [B, N, C]
         decay_gates = self.decay_up(self.decay_down(tokens))
         o = bigla_packed(self.qkv(tokens), decay_gates, self.num_heads, backend=self.backend)
@@ -58,7 +72,10 @@ class GatedTokenMixer(nn.Module):
         gate = self._heads(self.mix_gate(tokens).sigmoid())
         long = self._norm(self.norm_long, self._heads(o))
         short = self._norm(self.norm_short, self._heads(tokens))
-        return self.out(torch.lerp(short, long, gate.to(long.dtype)).reshape(x.shape))
+        y = torch.lerp(short, long, gate.to(long.dtype))
+        if self.out_act:
+            y = F.silu(y)
+        return self.out(y.reshape(x.shape))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, heads, D / heads]."""

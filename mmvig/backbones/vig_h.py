@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvig import checkpoints
+from mmvig.backbones.base import Backbone
+from mmvig.backbones.layers import ConvNorm, DropPath, SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.registry import MODELS
 
@@ -23,20 +23,6 @@ ARCHS = {
     'base': {'embed_dims': 128, 'depths': [2, 2, 17, 2], 'num_heads': [4, 8, 16, 32]},
 }
 DROP_PATH_RATES = {'tiny': 0.2, 'small': 0.3, 'base': 0.6}
-
-
-class ConvNorm(nn.Module):
-    """3x3 convolution of stride 2, then LayerNorm over channels: halves each side, rounded up."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1)
-        self.norm = nn.LayerNorm(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C_in] -> [B, ceil(H / 2), ceil(W / 2), C_out]."""
-        x = self.conv(x.permute(0, 3, 1, 2))
-        return self.norm(x.permute(0, 2, 3, 1))
 
 
 class Stem(nn.Module):
@@ -52,40 +38,6 @@ class Stem(nn.Module):
         return self.down2(F.gelu(self.down1(x)))
 
 
-class SwiGLU(nn.Module):
-    """W_2 (silu(a) * b) with a, b = split(W_1 x): the channel mixer, hidden width about 8C / 3."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        hidden = 32 * -(-int(8 * channels / 3) // 32)
-        self.fc1 = nn.Linear(channels, 2 * hidden, bias=False)
-        self.fc2 = nn.Linear(hidden, channels, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C]."""
-        a, b = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(a) * b)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, zero a sample's residual branch with probability ``rate``."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> [B, ...], scaled by 1 / (1 - rate) where kept."""
-        if not self.training or self.rate == 0:
-            return x
-        keep = x.new_empty(x.shape[:1] + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep.div_(1 - self.rate)
-
-    def extra_repr(self) -> str:
-        """Show the rate in ``print(model)``."""
-        return f'rate={self.rate:.3f}'
-
-
 class Block(nn.Module):
     """x + DropPath(mixer(LN(x))), then x + DropPath(SwiGLU(LN(x)))."""
 
@@ -94,7 +46,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.mixer = GatedTokenMixer(channels, num_heads, backend)
         self.norm2 = nn.LayerNorm(channels)
-        self.mlp = SwiGLU(channels)
+        self.mlp = SwiGLU(channels, multiple_of=32)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,7 +86,7 @@ class Stage(nn.Module):
 
 @ROOT_MODELS.register_module()  # for `type='ViGH'` after `custom_imports`
 @MODELS.register_module()
-class ViGH(BaseModule):
+class ViGH(Backbone):
     """ViG-H backbone: a tuple of feature maps at strides 4, 8, 16, 32.
 
     Stages without an output at or after them are not built, so every parameter gets a gradient.
@@ -165,6 +117,9 @@ class ViGH(BaseModule):
         [(96, 200, 304), (192, 100, 152), (384, 50, 76), (768, 25, 38)]
     """
 
+    units = 'stages'
+    official_norm, official_head = 'classifier.norm', 'classifier.head'
+
     def __init__(
         self,
         arch: str | dict = 'tiny',
@@ -176,20 +131,12 @@ class ViGH(BaseModule):
         backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
     ):
-        super().__init__(init_cfg=init_cfg)
         embed_dims, depths, num_heads = _parse_arch(arch)
         if drop_path_rate is None:
             drop_path_rate = DROP_PATH_RATES[arch] if isinstance(arch, str) else 0.0
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
-        self.in_channels = in_channels
+        super().__init__(len(depths), in_channels, out_indices, drop_path_rate, frozen_stages, init_cfg)
         self.depths = tuple(depths)
-        self.out_indices = _parse_out_indices(out_indices, len(depths))
         num_stages = max(self.out_indices) + 1
-        if not -1 <= frozen_stages <= num_stages:
-            raise ValueError(f'frozen_stages must be in -1..{num_stages}, got {frozen_stages}')
-        self.frozen_stages = frozen_stages
-        self._strict_loading = True
         self.num_features = [embed_dims * 2**i for i in range(num_stages)]
 
         self.stem = Stem(in_channels, embed_dims)
@@ -229,12 +176,7 @@ class ViGH(BaseModule):
         Raises:
             ValueError: x is not a batch of images with ``in_channels`` channels.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape[2:]:
-            raise ValueError(
-                f'images must be [B, {self.in_channels}, H, W] with H, W >= 1, got {list(x.shape)}'
-            )
-        # Channels-last from here on: a permuted view of memory laid out as [B, H, W, C].
-        x = self.stem(x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
+        x = self.stem(self._channels_last(x))
         maps = []
         for i, stage in enumerate(self.stages):
             x = stage(x)
@@ -243,57 +185,6 @@ class ViGH(BaseModule):
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return tuple(maps)
-
-    def train(self, mode: bool = True) -> 'ViGH':
-        """Set the training mode; frozen parts stay in evaluation mode."""
-        super().train(mode)
-        self._freeze()
-        return self
-
-    def _freeze(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        frozen = [self.stem]
-        for i in range(self.frozen_stages):
-            frozen.append(self.stages[i])
-            if i in self.out_indices:
-                frozen.append(getattr(self, f'norm{i}'))
-        for module in frozen:
-            module.eval().requires_grad_(False)
-
-    def init_weights(self) -> None:
-        """Apply ``init_cfg``; a 'Pretrained' entry is loaded last and strictly.
-
-        Raises:
-            FileNotFoundError: the checkpoint does not exist.
-            RuntimeError: its keys or shapes do not match this backbone.
-        """
-        cfgs = self.init_cfg or []
-        cfgs = [cfgs] if isinstance(cfgs, dict) else cfgs
-        pretrained = [cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
-        self.init_cfg, original = [cfg for cfg in cfgs if cfg not in pretrained], self.init_cfg
-        super().init_weights()
-        self.init_cfg = original
-        for cfg in pretrained:
-            options = {key: value for key, value in cfg.items() if key != 'type'}
-            self.load_state_dict(checkpoints.read(**options))
-
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """Load official or our own names, also when wrapped as a checkpoint file holds them."""
-        state_dict = dict(checkpoints.unwrap(state_dict))
-        if not strict:
-            checkpoints.adapt(self, state_dict, prefix='', strict=False)
-        self._strict_loading, previous = strict, self._strict_loading
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        finally:
-            self._strict_loading = previous
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # Reached on every way to load: also as a part of a detector, and by mmengine, which only warns.
-        if self._strict_loading:
-            checkpoints.adapt(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning-rate decay.
@@ -337,12 +228,3 @@ def _parse_arch(arch: str | dict) -> tuple[int, Sequence[int], Sequence[int]]:
     if embed_dims % 2 or min(embed_dims, *depths, *num_heads) < 1:
         raise ValueError(f'arch needs an even embed_dims and positive entries, got {dict(arch)}')
     return embed_dims, depths, num_heads
-
-
-def _parse_out_indices(out_indices: Sequence[int], num_stages: int) -> tuple[int, ...]:
-    out_indices = tuple(sorted(out_indices))
-    if not out_indices or len(set(out_indices)) != len(out_indices):
-        raise ValueError(f'out_indices must name at least one stage, each once, got {out_indices}')
-    if not all(0 <= i < num_stages for i in out_indices):
-        raise ValueError(f'out_indices must be in 0..{num_stages - 1}, got {out_indices}')
-    return out_indices
