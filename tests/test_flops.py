@@ -1,0 +1,160 @@
+"""Multiply-adds against the published figures, and against a count of layer by layer through hooks."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmvig.backbones import ViG, ViGH
+from mmvig.backbones.mixer import GatedTokenMixer
+
+ROOT = Path(__file__).resolve().parents[1]
+MASK_RCNN = ROOT / 'configs/detection/maskrcnn_vigh_t_shapes_cpu.py'
+UPERNET = ROOT / 'configs/segmentation/upernet_vigh_t_shapes.py'
+CLASSIFIER = """
+default_scope = 'mmpretrain'
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(type='mmvig.ViG', arch=dict(embed_dims=32, depth=2, num_heads=2)),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=10, in_channels=32),
+)
+"""
+BACKBONE = """
+arch = dict(embed_dims=32, depths=[1, 1], num_heads=[1, 2])
+model = dict(type='mmvig.ViGH', arch=arch, out_indices=(0, 1))
+"""
+
+
+@pytest.fixture(scope='module')
+def flops():
+    spec = importlib.util.spec_from_file_location('get_flops', ROOT / 'tools/analysis/get_flops.py')
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'arch', 'published'),
+    [
+        (ViGH, 'tiny', 4.49),
+        (ViGH, 'small', 8.75),
+        (ViGH, 'base', 15.56),
+        (ViG, 'tiny', 1.17),
+        (ViG, 'small', 4.48),
+        (ViG, 'base', 17.55),
+    ],
+)
+def test_published_figures(flops, backbone, arch, published):
+    """To the last digit that was published."""
+    model = backbone(arch)
+    row = flops.count(model, torch.zeros(1, 3, 224, 224))['total']
+    assert row['macs'] / 1e9 == pytest.approx(published, abs=0.0051)
+    assert row['params'] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_cost_is_linear_in_the_tokens(flops):
+    model = ViGH(dict(embed_dims=32, depths=[1, 1], num_heads=[1, 2]), out_indices=(0, 1))
+    one, four = (flops.count(model, torch.zeros(1, 3, side, side))['total']['macs'] for side in (64, 128))
+    assert four == 4 * one
+    assert flops.count(model, torch.zeros(3, 3, 64, 64))['total']['macs'] == 3 * one
+
+
+class LayerByLayer:
+    """The sum over convolutions, linear layers and mixers, from the shapes that pass through them."""
+
+    def __init__(self, model):
+        self.macs = 0
+        for module in model.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, GatedTokenMixer)):
+                module.register_forward_hook(self.add)
+
+    def add(self, module, inputs, output):
+        if isinstance(module, nn.Linear):
+            self.macs += output.numel() * module.in_features
+        elif isinstance(module, GatedTokenMixer):
+            channels = output.shape[-1]
+            heads, tokens = module.num_heads, output.numel() // channels
+            self.macs += tokens * heads * 4 * (channels // 2 // heads) * (channels // heads)
+        else:
+            places = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
+            per_place = module.weight.numel() // places.shape[1]
+            self.macs += places.numel() * per_place
+
+
+def parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ('config', 'shape', 'unused'),
+    [
+        (MASK_RCNN, (96, 128), []),
+        (UPERNET, (64, 96), ['auxiliary_head']),
+        (CLASSIFIER, (96, 64), []),
+        (BACKBONE, None, ['norm0', 'norm1']),
+    ],
+    ids=['Mask R-CNN', 'UperNet', 'classifier', 'backbone'],
+)
+def test_whole_models(flops, monkeypatch, tmp_path, config, shape, unused):
+    if isinstance(config, str):
+        (tmp_path / 'cfg.py').write_text(config)
+        config = tmp_path / 'cfg.py'
+    seen = []
+    count = flops.count
+
+    def watched(model, *inputs, **options):
+        seen.extend([model, LayerByLayer(model)])
+        return count(model, *inputs, **options)
+
+    monkeypatch.setattr(flops, 'count', watched)
+    rows, found_shape = flops.count_config(str(config), shape)
+    model, expected = seen
+    assert found_shape == (shape or (224, 224))
+    total = rows.pop('total')
+    assert total == {'params': parameters(model), 'macs': expected.macs}
+    assert {name: row['params'] for name, row in rows.items()} == {
+        name: parameters(child) for name, child in model.named_children() if parameters(child)
+    }
+    assert sum(row['macs'] for row in rows.values()) == total['macs']
+    assert [name for name, row in rows.items() if row['macs'] == 0] == unused
+
+
+def test_nothing_is_left_of_the_counting(flops):
+    model = ViGH(dict(embed_dims=32, depths=[1], num_heads=[1]), out_indices=(0,)).eval()
+    x = torch.rand(1, 3, 16, 16)
+    before = model(x)[0]  # of the real operator
+    flops.count(model, x)
+    assert torch.equal(model(x)[0], before)
+
+
+def test_the_table(flops, monkeypatch, tmp_path, capsys):
+    (tmp_path / 'cfg.py').write_text(BACKBONE)
+    monkeypatch.setattr(sys, 'argv', ['get_flops.py', str(tmp_path / 'cfg.py'), '--shape', '64', '96'])
+    flops.main()
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.endswith('cfg.py, one image of 64 x 96')
+    assert last.split()[::2] == ['total', 'M', 'G']
+
+
+@pytest.mark.parametrize(
+    ('text', 'options', 'message'),
+    [
+        (BACKBONE, ['--shape', '0', '4'], 'at least 1, got 0 4'),
+        ('a = 1', [], 'has no model to count'),
+        (None, [], 'config is missing'),
+    ],
+)
+def test_what_cannot_be_counted(flops, monkeypatch, tmp_path, capsys, text, options, message):
+    if text:
+        (tmp_path / 'cfg.py').write_text(text)
+    monkeypatch.setattr(sys, 'argv', ['get_flops.py', str(tmp_path / 'cfg.py'), *options])
+    with pytest.raises(SystemExit) as exit_:
+        flops.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and message in line
