@@ -298,6 +298,14 @@ def test_sweep_widths(key, value):
 
 
 @gpu
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_short_and_long_sequences_share_kernels(dtype):
+    """One segment has no states, several have: a kernel compiled for either must be right for the other."""
+    for num_tokens in (20, 500, 20):
+        assert_accurate(make_inputs(num_tokens, 16, 40, dtype=dtype), rms_factor=2.2)
+
+
+@gpu
 def test_auto_is_triton_on_a_gpu():
     inputs = make_inputs(100, dtype=torch.bfloat16)
     assert torch.equal(bigla(*inputs), bigla(*inputs, backend='triton'))

@@ -94,7 +94,7 @@ def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: dict) -> Non
         run(*grid, stream, function, metadata, None, None, None, *args, *values)
         return
     compiled = kernel[grid](*args, **constants, num_stages=1)
-    if FAST_LAUNCH and key and max(x for x in args if isinstance(x, int)) < 2**31:
+    if FAST_LAUNCH and key:
         values = [constants[name] for name in kernel.arg_names if name in constants]
         record = compiled.run, compiled.function, compiled.packed_metadata, values
         _compiled[(kernel.fn, key, *constants.values())] = record
@@ -114,16 +114,17 @@ def forward(
     common = (scale / 2, 1 / normalizer)
     num_segments = ceil_div(num_tokens, block_t * chunks)
     n_states = batch * heads * num_segments
-    key = compile_key(v, gf, gb, unit)
+    key = compile_key(v, gf, gb, unit, strides)
     with torch.cuda.device_of(q):
-        state = None
-        if num_segments > 1:
-            state = v.new_empty(2, n_states, key_dim, value_dim, dtype=p['state_dtype'])
+        # Empty for a single segment, but of the dtype that kernels are compiled for.
+        several = num_segments > 1
+        state = v.new_empty(2, n_states if several else 0, key_dim, value_dim, dtype=p['state_dtype'])
+        if several:
             make_states(inputs, state, num_segments, chunks, strides, common, unit, key, p)
         n_chunks = batch * heads * ceil_div(num_tokens, block_t)
         strong = v.new_empty(n_chunks, dtype=torch.uint8)
         sizes = (num_tokens, heads, n_states, n_chunks)
-        pointers = (*inputs, v if state is None else state, strong)
+        pointers = (*inputs, state, strong)
         constants = {'NC': chunks, 'UNIT': unit, 'SWAP': False}
         blocks_v = ceil_div(value_dim, p['output']['BV'])
         mild_then_strong(
@@ -190,11 +191,11 @@ def backward(
     common = (scale / 2, 1 / normalizer)
     num_chunks = ceil_div(num_tokens, block_t)
     n_chunks = batch * heads * num_chunks
-    key = compile_key(v, gf, gb, unit)
+    key = compile_key(v, gf, gb, unit, strides)
     with torch.cuda.device_of(q):
-        state = v
-        if num_chunks > 1:
-            state = v.new_empty(4, n_chunks, key_dim, value_dim, dtype=p['state_dtype'])
+        several = num_chunks > 1
+        state = v.new_empty(4, n_chunks if several else 0, key_dim, value_dim, dtype=p['state_dtype'])
+        if several:
             make_states(inputs, state, num_chunks, 1, strides[:18], common, unit, key, p)
         strong = v.new_empty(n_chunks, dtype=torch.uint8)
         sizes = (num_tokens, heads, n_chunks, n_chunks)
@@ -213,9 +214,11 @@ def backward(
         )  # fmt: skip
 
 
-def compile_key(v: Tensor, gf: Tensor, gb: Tensor, unit: int) -> tuple:
+def compile_key(v: Tensor, gf: Tensor, gb: Tensor, unit: int, strides: tuple[int, ...]) -> tuple:
     """What kernels are compiled for besides constants; () where Triton must look at the arguments."""
-    return (v.device, v.dtype, gf.dtype, gb.dtype) if unit > 1 else ()
+    if unit == 1 or max(strides) >= 2**31:
+        return ()
+    return v.device, v.dtype, gf.dtype, gb.dtype
 
 
 def address(tensors: tuple, block_t: int) -> tuple[tuple, int, tuple[int, ...]]:
