@@ -1,5 +1,8 @@
 """BiGLA's backends against the token loop in float64."""
 
+import logging
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -86,6 +89,17 @@ def test_mild_and_general_form_agree(monkeypatch):
     general = run(inputs, 'chunked')
     assert_close(general, expected, TOLERANCE[torch.float32])
     assert not torch.equal(mild[0], general[0])
+
+
+def test_auto_says_once_what_it_chose(caplog, monkeypatch):
+    monkeypatch.setattr(sys.modules['mmvig.ops.bigla'], '_announced', set())
+    with caplog.at_level(logging.INFO, 'mmvig'):
+        for _ in range(2):
+            bigla(*make_inputs(3, dtype=torch.float32))
+        bigla(*make_inputs(3, dtype=torch.float32), backend='chunked')
+    assert [record.getMessage() for record in caplog.records] == [
+        "bigla runs on the 'chunked' backend, not on 'triton': the inputs are on the CPU"
+    ]
 
 
 def test_strong_gates_take_the_general_form():

@@ -131,6 +131,7 @@ def _choose(backend: str, x: Tensor, key_dim: int, value_dim: int) -> str:
     if backend not in ('auto', 'triton'):
         return backend
     if backend == 'auto' and x.device.type == 'cpu':
+        _announce('the inputs are on the CPU', logging.INFO)
         return 'chunked'
     if max(key_dim, value_dim) > MAX_WIDTH:
         reason = f'it takes widths K and V up to {MAX_WIDTH}, got {key_dim} and {value_dim}'
@@ -140,7 +141,7 @@ def _choose(backend: str, x: Tensor, key_dim: int, value_dim: int) -> str:
         return 'triton'
     if backend == 'triton':
         raise ValueError(f"backend 'triton' cannot run here: {reason}; use backend='auto' or 'chunked'")
-    _announce(reason)
+    _announce(reason, logging.WARNING)
     return 'chunked'
 
 
@@ -154,11 +155,11 @@ def _why_not_triton(device_type: str, index: int | None, dtype: torch.dtype) -> 
 
 
 @torch.compiler.assume_constant_result
-def _announce(reason: str) -> None:
+def _announce(reason: str, level: int) -> None:
     if reason not in _announced:
         _announced.add(reason)
-        logging.getLogger('mmvig').warning(
-            "bigla runs on the slower 'chunked' backend, not on 'triton': %s", reason
+        logging.getLogger('mmvig').log(
+            level, "bigla runs on the 'chunked' backend, not on 'triton': %s", reason
         )
 
 
