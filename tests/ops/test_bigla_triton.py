@@ -48,11 +48,11 @@ def run(inputs, name, seed=1):
     return [out.detach(), *torch.autograd.grad(out, inputs, do)]
 
 
-def assert_accurate(inputs, rms_factor=2.0):
+def assert_accurate(inputs):
     """Errors against float64: no more than what rounding allows, and plain PyTorch in the same dtype has.
 
-    A factor of 2 for the largest and the RMS error. Both have a floor: float32's is what tf32x3 products
-    leave; half precision's is one rounding of the largest value.
+    A factor of 2 for the largest error and of 2.2 for the RMS error (2.1 was seen at K = V = 256). Both have
+    a floor: float32's is what tf32x3 products leave; half precision's is one rounding of the largest value.
     """
     dtype = inputs[2].dtype
     truth = run([x.double() for x in inputs], 'chunked')
@@ -69,13 +69,13 @@ def assert_accurate(inputs, rms_factor=2.0):
         assert error <= max(2 * slack * max(plain_error, floor), tiny), (name, error, plain_error, largest)
         rms, plain_rms = ((x.double() - t).pow(2).mean().sqrt().item() for x in (a, p))
         floor = {torch.float32: 4e-7, torch.bfloat16: 0, torch.float16: 0}[dtype] * largest
-        assert rms <= max(rms_factor * slack * max(plain_rms, floor), tiny), (name, rms, plain_rms)
+        assert rms <= max(2.2 * slack * max(plain_rms, floor), tiny), (name, rms, plain_rms)
 
 
 @pytest.mark.parametrize('gates', GATES)
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_accurate(dtype, gates):
-    assert_accurate(make_inputs(37, gates=gates, dtype=dtype), rms_factor=2.2)
+    assert_accurate(make_inputs(37, gates=gates, dtype=dtype))
 
 
 @pytest.mark.parametrize('num_tokens', [1, 2, 15, 16, 17, 33])
@@ -279,13 +279,13 @@ def test_kernels_fit_other_gpus(capability):
 @pytest.mark.parametrize('gates', GATES)
 def test_sweep_gates(gates, dtype):
     for num_tokens in (49, 950):
-        assert_accurate(make_inputs(num_tokens, batch=2, heads=3, gates=gates, dtype=dtype), rms_factor=2.2)
+        assert_accurate(make_inputs(num_tokens, batch=2, heads=3, gates=gates, dtype=dtype))
 
 
 @gpu
 def test_sweep_lengths():
     for num_tokens in (1, 2, 15, 16, 17, 49, 63, 64, 65, 196, 950, 3137, 60800):
-        assert_accurate(make_inputs(num_tokens, heads=3, dtype=torch.bfloat16), rms_factor=2.2)
+        assert_accurate(make_inputs(num_tokens, heads=3, dtype=torch.bfloat16))
 
 
 @gpu
@@ -294,7 +294,7 @@ def test_sweep_lengths():
 )
 def test_sweep_widths(key, value):
     for dtype in DTYPES[:1] if key == 256 else DTYPES:
-        assert_accurate(make_inputs(200, key, value, dtype=dtype), rms_factor=2.2)
+        assert_accurate(make_inputs(200, key, value, dtype=dtype))
 
 
 @gpu
@@ -302,7 +302,7 @@ def test_sweep_widths(key, value):
 def test_short_and_long_sequences_share_kernels(dtype):
     """One segment has no states, several have: a kernel compiled for either must be right for the other."""
     for num_tokens in (20, 500, 20):
-        assert_accurate(make_inputs(num_tokens, 16, 40, dtype=dtype), rms_factor=2.2)
+        assert_accurate(make_inputs(num_tokens, 16, 40, dtype=dtype))
 
 
 @gpu

@@ -108,8 +108,7 @@ def bigla_packed(
             f'qkv and gates must be H * (2 K + V) and 2 * H * K wide with H = {num_heads}, '
             f'got {_shape(qkv)} and {_shape(gates)}'
         )
-    parts = (*qkv.split([key_width, key_width, value_width], dim=-1), *gates.chunk(2, dim=-1))
-    views = [x.unflatten(-1, (num_heads, -1)) for x in parts]
+    views = unpack(qkv, gates, num_heads)
     backend = _choose(backend, qkv, key_width // num_heads, value_width // num_heads)
     if backend != 'triton':
         options = {'scale': scale, 'gate_normalizer': gate_normalizer, 'backend': backend}
@@ -117,6 +116,13 @@ def bigla_packed(
     _check_tensors(*views)
     scale = _check_options(scale, gate_normalizer, key_width // num_heads)
     return torch.ops.mmvig.bigla_packed(qkv, gates, num_heads, scale, gate_normalizer)
+
+
+def unpack(qkv: Tensor, gates: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """Views q, k, v, g_fwd, g_bwd ``[B, N, H, K or V]`` of the two projections' outputs."""
+    keys = gates.shape[-1] // 2
+    parts = (*qkv.split([keys, keys, qkv.shape[-1] - 2 * keys], dim=-1), *gates.chunk(2, dim=-1))
+    return tuple(x.unflatten(-1, (num_heads, -1)) for x in parts)
 
 
 def check_backend(backend: str) -> None:

@@ -115,7 +115,8 @@ def _mild_forward(
 class _LogSigmoid(torch.autograd.Function):
     """log sigmoid(x) = min(x, 0) - 2 artanh(e / (2 + e)) with e = exp(-|x|).
 
-    As exact as PyTorch's, whose log1p on CPUs takes three times as long.
+    Within 2.1e-7 of the value (PyTorch's: 1.2e-7), without log1p, which takes 6 times as long as artanh on
+    CPUs.
     """
 
     @staticmethod

@@ -512,11 +512,11 @@ def sigmoid_minus(x):
 
 
 @triton.jit
-def block_products(p_v, p_o, p_state, i_c, i_v, i_ask, there_ask, i_key, there_key, N, s_vn, s_on,
-    K: tl.constexpr,
-                   V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-                   UNIT: tl.constexpr,
-                   MODE: tl.constexpr):  # fmt: skip
+def block_products(
+    p_v, p_o, p_state, i_c, i_v, i_ask, there_ask, i_key, there_key, N, s_vn, s_on,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    UNIT: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
     """Sums over a block of V: do_t.v_s as [t, s] and [s, t], do and v with the entering states."""
     v = load_rows(p_v, i_c, i_v, N, s_vn, V, BT, BV, UNIT)
     do = load_rows(p_o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
@@ -553,49 +553,15 @@ def direction_gradients(
     half = 0.5 * total
 
     da, dat, xq, xk, across = block_products(
-        p_v,
-        p_o,
-        p_state,
-        i_c,
-        0,
-        i_ask,
-        there_ask,
-        i_key,
-        there_key,
-        N,
-        s_vn,
-        s_on,
-        K,
-        V,
-        BT,
-        BK,
-        BV,
-        UNIT,
-        MODE,
-    )
-    if BV < V:  # no loop for one block: Triton 3.6 misplaces operands of wgmma in loops
+        p_v, p_o, p_state, i_c, 0, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, K, V, BT, BK, BV,
+        UNIT, MODE,
+    )  # fmt: skip
+    if BV < V:
         for i_v in range(1, tl.cdiv(V, BV)):
             da_v, dat_v, xq_v, xk_v, across_v = block_products(
-                p_v,
-                p_o,
-                p_state,
-                i_c,
-                i_v,
-                i_ask,
-                there_ask,
-                i_key,
-                there_key,
-                N,
-                s_vn,
-                s_on,
-                K,
-                V,
-                BT,
-                BK,
-                BV,
-                UNIT,
-                MODE,
-            )
+                p_v, p_o, p_state, i_c, i_v, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, K, V, BT,
+                BK, BV, UNIT, MODE,
+            )  # fmt: skip
             da += da_v
             dat += dat_v
             xq += xq_v

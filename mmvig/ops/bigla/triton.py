@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmvig.ops.bigla import kernels
+from mmvig.ops.bigla import kernels, unpack
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 # The launcher's arguments are Triton's own affair: known for these versions, others go the public way.
@@ -41,7 +41,10 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
-    """Block sizes and precisions for one (K, V, dtype): measured on an H200, not tuned at run time."""
+    """Block sizes and precisions for one (K, V, dtype), fixed so that nothing is tuned at run time.
+
+    K = 16 is measured on an H200; other widths are only known to be right there.
+    """
     block_k = max(16, triton.next_power_of_2(key_dim))
     block_v = max(16, triton.next_power_of_2(value_dim))
     block_t = 64 if block_k <= 32 else 32 if block_k <= 64 else 16
@@ -329,13 +332,6 @@ def bigla_packed_backward_op(
 @bigla_packed_backward_op.register_fake
 def _(do, qkv, gates, num_heads, scale, normalizer):
     return qkv.new_empty(qkv.shape), gates.new_empty(gates.shape)
-
-
-def unpack(qkv: Tensor, gates: Tensor, num_heads: int) -> tuple[Tensor, ...]:
-    """Views q, k, v, g_fwd, g_bwd ``[B, N, H, K or V]`` of the two projections' outputs."""
-    keys = gates.shape[-1] // 2
-    parts = (*qkv.split([keys, keys, qkv.shape[-1] - 2 * keys], dim=-1), *gates.chunk(2, dim=-1))
-    return tuple(x.unflatten(-1, (num_heads, -1)) for x in parts)
 
 
 def _save(ctx, inputs, output):
