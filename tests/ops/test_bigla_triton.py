@@ -52,7 +52,7 @@ def assert_accurate(inputs):
     """Errors against float64: no more than what rounding allows, and plain PyTorch in the same dtype has.
 
     A factor of 2 for the largest error and of 2.2 for the RMS error (2.1 was seen at K = V = 256). Both
-    have a floor: float32's is what tf32x3 products leave; half precision's is one rounding of the largest value.
+    have a floor: what tf32x3 products leave in float32, one rounding of the largest value otherwise.
     """
     dtype = inputs[2].dtype
     truth = run([x.double() for x in inputs], 'chunked')
