@@ -1,5 +1,6 @@
 import importlib
 import importlib.util
+import itertools
 import logging
 import pickle
 import subprocess
@@ -87,11 +88,78 @@ def roi_align(features, rois, size=(3, 2), scale=0.25, sampling_ratio=0, aligned
     return RoIAlignFunction.apply(features, rois, size, scale, sampling_ratio, 'avg', aligned)
 
 
+def deform_attn_arguments(dtype=torch.float64, seed=0):
+    """Two images, two maps (5 x 7 and 3 x 4), four heads; some samples fall outside the maps."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = torch.tensor([[5, 7], [3, 4]])
+    value = torch.randn(2, 47, 4, 3, generator=generator)
+    locations = torch.rand(2, 6, 4, 2, 3, 2, generator=generator) * 1.4 - 0.2
+    weights = torch.rand(2, 6, 4, 2, 3, generator=generator)
+    leaves = [x.to(dtype).requires_grad_() for x in (value, locations, weights)]
+    return shapes, *leaves
+
+
+def deform_attn(shapes, value, locations, weights):
+    """The stand-in, called through mmcv's own autograd function."""
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+
+    starts = torch.tensor([0, 35])
+    return MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64)
+
+
+def sample(feature, y, x):
+    """Bilinear sample of [C, H, W] at one point, with zeros around it; differentiable in all three."""
+    height, width = feature.shape[1:]
+    total = feature.new_zeros(feature.shape[0])
+    for row in range(height):
+        for column in range(width):
+            weight = (1 - (y - row).abs()).clamp(min=0) * (1 - (x - column).abs()).clamp(min=0)
+            total = total + feature[:, row, column] * weight
+    return total
+
+
+def deform_attn_by_definition(shapes, value, locations, weights):
+    """Multi-scale deformable attention, sample by sample."""
+    batch, queries, heads, levels, points = weights.shape
+    maps = value.split([height * width for height, width in shapes.tolist()], 1)
+    result = []
+    for b, q, h in itertools.product(range(batch), range(queries), range(heads)):
+        total = 0
+        for level, point in itertools.product(range(levels), range(points)):
+            height, width = shapes[level].tolist()
+            feature = maps[level][b, :, h].T.unflatten(1, (height, width))
+            x, y = locations[b, q, h, level, point]
+            pixel = sample(feature, y * height - 0.5, x * width - 0.5)
+            total = total + weights[b, q, h, level, point] * pixel
+        result.append(total)
+    return torch.stack(result).view(batch, queries, -1)
+
+
+def focal_loss(logits, target, weight=None, gamma=2.0, alpha=0.25, reduction='none'):
+    """The stand-in, called through mmcv's own autograd function."""
+    from mmcv.ops.focal_loss import SigmoidFocalLossFunction
+
+    return SigmoidFocalLossFunction.apply(logits, target, gamma, alpha, weight, reduction)
+
+
+def focal_loss_by_definition(logits, target, gamma, alpha):
+    """-a_t (1 - p_t)^gamma log p_t, p_t being the probability of what is so."""
+    so = torch.nn.functional.one_hot(target, logits.shape[1] + 1)[:, :-1].bool()
+    p = logits.sigmoid()
+    p_t, a_t = torch.where(so, p, 1 - p), torch.where(so, alpha, 1 - alpha)
+    return -a_t * (1 - p_t) ** gamma * p_t.log()
+
+
 @pytest.fixture(autouse=True)
 def mmcv_calls_the_stand_in(monkeypatch):
     """Also on a machine whose mmcv has its own operators, these tests are about the stand-in."""
     # By name: mmcv.ops also has functions that are called nms and roi_align.
-    for name in ('mmcv.ops.nms', 'mmcv.ops.roi_align'):
+    for name in (
+        'mmcv.ops.nms',
+        'mmcv.ops.roi_align',
+        'mmcv.ops.multi_scale_deform_attn',
+        'mmcv.ops.focal_loss',
+    ):
         monkeypatch.setattr(importlib.import_module(name), 'ext_module', mmcv_ext)
 
 
@@ -189,6 +257,87 @@ def test_roi_align_of_no_rois(dtype):
     assert pooled.shape == (0, 3, 3, 2)
     pooled.sum().backward()
     assert not features.grad.any()
+
+
+def test_deformable_attention_and_its_gradients_follow_the_definition():
+    shapes, *leaves = deform_attn_arguments()
+    weight = torch.randn(2, 6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for function in (deform_attn, deform_attn_by_definition):
+        output = function(shapes, *leaves)
+        results.append((output.detach(), *torch.autograd.grad((output * weight).sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('dtype', HALF_DTYPES)
+def test_deformable_attention_in_half_precision_rounds_once(dtype):
+    shapes, *leaves = deform_attn_arguments(dtype)
+    exact = [x.detach().float().requires_grad_() for x in leaves]
+    output, expected = deform_attn(shapes, *leaves), deform_attn(shapes, *exact)
+    assert torch.equal(output, expected.to(dtype))
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    output.backward(weight)
+    expected.backward(weight.float())
+    assert all(torch.equal(x.grad, y.grad.to(dtype)) for x, y in zip(leaves, exact, strict=True))
+
+
+@pytest.mark.parametrize('gamma, alpha', [(2.0, 0.25), (1.5, 0.5)])
+def test_focal_loss_and_its_gradient_follow_the_definition(gamma, alpha):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(9, 4, generator=generator, dtype=torch.float64)).requires_grad_()
+    target = torch.arange(9) % 5  # 4 is the background
+    weight = torch.rand(9, 4, generator=generator, dtype=torch.float64)
+    results = []
+    for function in (focal_loss, focal_loss_by_definition):
+        loss = function(logits, target, gamma=gamma, alpha=alpha)
+        results.append((loss.detach(), torch.autograd.grad((loss * weight).sum(), logits)[0]))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_focal_loss_weights_rows_by_their_target():
+    logits, target = (
+        torch.randn(4, 3, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 2, 1, 2]),
+    )
+    by_class = torch.tensor([1.0, 2.0, 4.0])
+    weighted = focal_loss(logits, target, by_class)
+    torch.testing.assert_close(weighted, focal_loss(logits, target) * by_class[target, None])
+
+
+def test_focal_loss_of_certain_logits_is_finite():
+    logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    for target, expected in ((0, 0.0), (1, 0.75 * 200 + 0.25 * 200)):
+        loss = focal_loss(logits, torch.tensor([target]), reduction='sum')
+        assert loss.item() == pytest.approx(expected)
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert grad.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_models_call_the_stand_in_on_cuda():
+    """On GPUs only, mmdet's focal loss and mmcv's attention layer take these operators."""
+    from mmcv.ops import MultiScaleDeformableAttention
+    from mmdet.models.losses import FocalLoss
+
+    torch.manual_seed(0)
+    layer = MultiScaleDeformableAttention(32, num_heads=4, num_levels=2, batch_first=True)
+    torch.nn.init.normal_(layer.attention_weights.weight)
+    value, reference = torch.randn(2, 47, 32), torch.rand(2, 47, 2, 2)
+    shapes, starts = torch.tensor([[5, 7], [3, 4]]), torch.tensor([0, 35])
+    logits, target = torch.randn(9, 4), torch.arange(9) % 5
+    results = []
+    for device in ('cpu', 'cuda'):
+        query, scores = (x.to(device).detach().requires_grad_() for x in (value, logits))
+        arguments = [x.to(device) for x in (reference, shapes, starts)]
+        keys = ('reference_points', 'spatial_shapes', 'level_start_index')
+        output = layer.to(device).eval()(query, **dict(zip(keys, arguments, strict=True)))
+        loss = FocalLoss().to(device)(scores, target.to(device))
+        (output.square().sum() + loss).backward()
+        results.append([x.detach().cpu() for x in (output, loss, query.grad, scores.grad)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

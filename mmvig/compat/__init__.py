@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def _stand_in_for_mmcv_ext() -> None:
-    """Let ``mmcv.ops`` be imported, and its NMS and RoIAlign run, without compiled operators.
+    """Let ``mmcv.ops`` be imported, and what common models call of it run, without compiled operators.
 
     Why: mmcv's wheels for current PyTorch versions hold no compiled operators, and without them
     `import mmcv.ops` fails. Can go when mmcv ships them for every PyTorch that we support.
@@ -29,8 +29,8 @@ def _stand_in_for_mmcv_ext() -> None:
 
     sys.modules['mmcv._ext'] = mmcv_ext
     logger.info(
-        'mmcv has no compiled operators here: nms and roi_align run through torchvision, '
-        'every other mmcv operator raises an error when it is called.'
+        'mmcv has no compiled operators here: nms and roi_align run through torchvision, deformable '
+        'attention and the focal loss in plain PyTorch; every other one raises an error when called.'
     )
 
 

@@ -1,12 +1,19 @@
 """Stands in for ``mmcv._ext``, mmcv's extension module, where mmcv came without compiled operators.
 
-It has the operators under the names and with the arguments that ``mmcv/ops/nms.py`` and
-``mmcv/ops/roi_align.py`` call, computed by torchvision's kernels, which derive from the same
-sources. Half-precision input is computed in float32: torchvision's kernels know float16 only in
-part and bfloat16 not at all.
+It has operators under the names and with the arguments that mmcv's Python code calls them by:
+
+- ``nms`` and ``roi_align_*``, because two-stage detectors and post-processing need them: torchvision's
+  kernels, which derive from the same sources.
+- ``ms_deform_attn_*``, because Deformable DETR, DINO and Mask2Former call them on GPUs: mmcv's own
+  PyTorch definition, which it takes by itself on CPUs only.
+- ``sigmoid_focal_loss_*``, because mmdet's FocalLoss calls them on GPUs: the formula, in PyTorch.
+
+Half-precision input is computed in float32: torchvision's kernels know float16 only in part and
+bfloat16 not at all, and so results are rounded once.
 """
 
 import torch
+import torch.nn.functional as F
 import torchvision  # registers the operators called below as torch.ops.torchvision.*
 from torch import Tensor
 
@@ -121,6 +128,126 @@ def roi_align_backward(
         aligned,
     )
     grad_input.copy_(grad)
+
+
+def ms_deform_attn_forward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """Sum bilinear samples of several feature maps, weighted by attention.
+
+    Args:
+        value: [B, N, heads, C], the maps' pixels in row-major order, map after map.
+        value_spatial_shapes: [levels, 2] height and width of each map.
+        value_level_start_index: Unused; follows from the shapes.
+        sampling_locations: [B, queries, heads, levels, points, 2] x and y, 0 to 1 across a map.
+        attention_weights: [B, queries, heads, levels, points].
+        im2col_step: Unused; images a kernel launch takes.
+
+    Returns:
+        [B, queries, heads * C].
+    """
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    arguments = [x.to(dtype) for x in (value, sampling_locations, attention_weights)]
+    return _ms_deform_attn(value_spatial_shapes, *arguments).to(value.dtype)
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    grad_output: Tensor,
+    grad_value: Tensor,
+    grad_sampling_loc: Tensor,
+    grad_attn_weight: Tensor,
+    im2col_step: int,
+) -> None:
+    """Write the gradients of :func:`ms_deform_attn_forward`.
+
+    Args:
+        value: As in the forward pass, and so the next four.
+        value_spatial_shapes: See above.
+        value_level_start_index: See above.
+        sampling_locations: See above.
+        attention_weights: See above.
+        grad_output: [B, queries, heads * C], gradient at the result.
+        grad_value: Shaped as ``value``, overwritten.
+        grad_sampling_loc: Shaped as ``sampling_locations``, overwritten.
+        grad_attn_weight: Shaped as ``attention_weights``, overwritten.
+        im2col_step: Unused; as in the forward pass.
+    """
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    arguments = [
+        x.detach().to(dtype).requires_grad_() for x in (value, sampling_locations, attention_weights)
+    ]
+    with torch.enable_grad():
+        output = _ms_deform_attn(value_spatial_shapes, *arguments)
+    grads = torch.autograd.grad(output, arguments, grad_output.to(dtype))
+    for buffer, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads, strict=True):
+        buffer.copy_(grad)
+
+
+def _ms_deform_attn(shapes: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    # Not above: mmcv.ops imports this module.
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    # As numbers: one copy from the GPU instead of one for each side of each map.
+    return multi_scale_deformable_attn_pytorch(value, shapes.tolist(), locations, weights)
+
+
+def sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    """Write -alpha (1 - p)^gamma log p where a class is the target, -(1 - alpha) p^gamma log (1 - p) else.
+
+    Args:
+        input: [N, classes] logits, p = sigmoid(input).
+        target: [N] classes; the number of classes stands for the background.
+        weight: [classes] factors by target, or of no elements: then 1, and backgrounds are allowed.
+        output: [N, classes], overwritten.
+        gamma: How far easy examples are discounted.
+        alpha: Share of the targets.
+    """
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    output.copy_(_sigmoid_focal_loss(input.to(dtype), target, weight, gamma, alpha))
+
+
+def sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
+    """Write the derivative of each loss of :func:`sigmoid_focal_loss_forward` by its logit.
+
+    Args:
+        input: As in the forward pass, and so all but ``grad_input``.
+        target: See above.
+        weight: See above.
+        grad_input: [N, classes], overwritten.
+        gamma: See above.
+        alpha: See above.
+    """
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    logits = input.detach().to(dtype).requires_grad_()
+    with torch.enable_grad():
+        loss = _sigmoid_focal_loss(logits, target, weight, gamma, alpha).sum()
+    grad_input.copy_(torch.autograd.grad(loss, logits)[0])
+
+
+def _sigmoid_focal_loss(
+    logits: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float
+) -> Tensor:
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    loss = torch.where(
+        target[:, None] == classes,
+        -alpha * torch.sigmoid(-logits) ** gamma * F.logsigmoid(logits),
+        -(1 - alpha) * torch.sigmoid(logits) ** gamma * F.logsigmoid(-logits),
+    )
+    return loss * weight[target, None] if weight.numel() else loss
 
 
 def _check_pool_mode(pool_mode: int) -> None:
