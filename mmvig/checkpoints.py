@@ -52,6 +52,8 @@ OFFICIAL_TO_OURS = {
     'blocks.#.mlp.gate_proj': 'blocks.#.mlp.fc1',
     'blocks.#.mlp.down_proj': 'blocks.#.mlp.fc2',
 }
+# What all official models have and ours do not.
+OFFICIAL_STEM = 'patch_embed.'
 # The numbers of stages, blocks and norms in an official name.
 NUMBERS = re.compile(r'(?<=^layers\.)\d+|(?<=^blocks\.)\d+|(?<=\.blocks\.)\d+|(?<=^outnorm)\d+')
 # Where a checkpoint file may hold its state dict, in this order.
@@ -175,6 +177,27 @@ def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool = Tru
     if kept:
         print_log(f'{", ".join(kept)}: not in the checkpoint, initial values kept', logger='current')
     state_dict.update({prefix + key: value for key, value in incoming.items()})
+
+
+def adapt_classifier(backbone: nn.Module, state_dict: dict, prefix: str) -> None:
+    """Give an official classification model the names of mmpretrain's ImageClassifier, in place.
+
+    Its classifier becomes ``head.fc``, a LinearClsHead; the rest goes to ``backbone``, whose own loading
+    (:func:`adapt`) matches it strictly. A state dict of another kind is left as it is.
+
+    Args:
+        backbone: the classifier's :class:`mmvig.backbones.base.Backbone`.
+        state_dict: the state dict being loaded, possibly still wrapped as a checkpoint file holds it.
+        prefix: the classifier's prefix in it.
+    """
+    official = _contained({key.removeprefix(prefix): value for key, value in state_dict.items()})
+    if not any(key.startswith(OFFICIAL_STEM) for key in official):
+        return
+    head = f'{backbone.official_head}.'
+    state_dict.clear()
+    for key, value in official.items():
+        ours = f'head.fc.{key.removeprefix(head)}' if key.startswith(head) else f'backbone.{key}'
+        state_dict[prefix + ours] = value
 
 
 def _is_unbuilt(backbone: nn.Module, key: str) -> bool:

@@ -1,4 +1,7 @@
-"""Every config builds and trains a step; its recipe is the published one; its data loads."""
+"""Every config builds and trains a step; its recipe is the published one; its data loads.
+
+Classification is in test_classification.py.
+"""
 
 import re
 from pathlib import Path
@@ -17,9 +20,9 @@ from torch import nn
 from mmvig.datasets.shapes import ensure_shapes
 
 FOLDER = Path(__file__).parents[1] / 'configs'
-CONFIGS = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob('[!_]*/*.py'))
-DETECTION = [name for name in CONFIGS if name.startswith('detection/')]
-SEGMENTATION = [name for name in CONFIGS if name.startswith('segmentation/')]
+DETECTION = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob('detection/*.py'))
+SEGMENTATION = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob('segmentation/*.py'))
+CONFIGS = DETECTION + SEGMENTATION
 PUBLISHED = [name for name in CONFIGS if re.search(r'_vigh_[tsb](_3x_ms)?\.py$', name)]
 LOADED = (
     'detection/maskrcnn_vigh_t.py',

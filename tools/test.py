@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
@@ -91,6 +92,17 @@ def use_out(cfg: Config, out: str) -> None:
         cfg.test_evaluator = [*evaluators(cfg), dict(type=kind, out_file_path=out)]
 
 
+def runner_of_classifier(cfg: Config) -> Runner:
+    """Build the Runner of a classifier with its checkpoint, an official one too, loaded strictly.
+
+    mmengine itself would warn of what does not match, and evaluate whatever is then in the model.
+    """
+    checkpoint, cfg.load_from = cfg.load_from, None
+    runner = cli.build_runner(cfg)
+    cli.load_strictly(runner.model, checkpoint)
+    return runner
+
+
 def main() -> None:
     """Read the config, check its files and test."""
     with preflight.one_line_errors():
@@ -104,7 +116,9 @@ def main() -> None:
             use_tta(cfg)
         if args.out:
             use_out(cfg, args.out)
-    cli.build_runner(cfg).test()
+        build = runner_of_classifier if cfg.default_scope == 'mmpretrain' else cli.build_runner
+        runner = build(cfg)
+    runner.test()
     for what, where in (('Predictions', args.out), ('Pictures', args.show_dir)):
         if where:
             logger.info('%s: %s', what, where)

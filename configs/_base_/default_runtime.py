@@ -1,4 +1,5 @@
-# What both tasks share; detection_runtime.py and segmentation_runtime.py build on it.
+# What all tasks share; {detection,segmentation,classification}_runtime.py build on it.
+custom_imports = dict(imports=['mmvig.compat'])  # for mmdet's and mmseg's own tools, without compiled mmcv
 env_cfg = dict(
     cudnn_benchmark=False,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),

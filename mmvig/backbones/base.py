@@ -124,3 +124,7 @@ class Backbone(BaseModule):
         if self._strict_loading:
             checkpoints.adapt(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _checkpoint_filter(self, state_dict: dict, prefix: str, *args) -> None:
+        # The name that mmpretrain's ImageClassifier calls whenever it is loaded.
+        checkpoints.adapt_classifier(self, state_dict, prefix)

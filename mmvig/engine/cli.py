@@ -5,13 +5,17 @@ import inspect
 import logging
 import os
 import sys
+import textwrap
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
+from torch import nn
 
+from mmvig import checkpoints
 from mmvig.engine.preflight import SetupError, local_rank
 
 logger = logging.getLogger(__name__)
@@ -139,6 +143,28 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _prepare_for_gloo(cfg)
     return Runner.from_cfg(cfg)
+
+
+def load_strictly(model: nn.Module, checkpoint: str) -> None:
+    """Load a checkpoint file that must fit the model exactly; no code in it is run (``weights_only=True``).
+
+    Official files go into our backbones and, as classification models, into mmpretrain's ImageClassifier.
+
+    Args:
+        model: any model, also within DDP or test-time augmentation.
+        checkpoint: a path, or an http(s) URL.
+
+    Raises:
+        SetupError: It is missing, cannot be read, or has missing, unexpected or mis-shaped keys.
+    """
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    try:
+        model.load_state_dict(checkpoints.read(checkpoint, prefix=''))
+    except (OSError, RuntimeError) as error:
+        reason = '; '.join(line.strip() for line in str(error).splitlines())
+        reason = textwrap.shorten(reason, 400, placeholder=' ...')
+        raise SetupError(f'checkpoint {checkpoint} cannot be loaded: {reason}') from error
 
 
 def log_own_messages() -> None:

@@ -130,6 +130,8 @@ def _check_dataset(cfg: Config, key: str, dataset: ConfigDict) -> None:
         return
     how = _how(cfg, root, f'{key}.data_root=DIR')
     prefix = dataset.get('data_prefix') or {}
+    if not prefix and _type_name(dataset) == 'ImageNet':
+        prefix = dataset.get('split') or {}
     folders = prefix.values() if isinstance(prefix, dict) else [prefix]
     for what, folder in [('data root', ''), *(('image or label folder', f) for f in folders)]:
         path = Path(root, folder or '')
