@@ -11,7 +11,6 @@ Times are medians; the L2 cache is flushed before each run on a GPU. Writes bigl
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import DTYPES, machine_name
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
@@ -38,7 +38,6 @@ SHAPES = {
     'ViG-T 1024': (32, 3, 4096, 32, 64),
 }
 GROWTH = {f'N {2**i}': (2, 3, 2**i, 16, 32) for i in range(12, 21, 2)}
-DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
 # Error of the outputs relative to the largest value, allowed before a time is reported.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 # The longest sequences that are practical, and over which softmax attention is worth timing.
@@ -257,11 +256,7 @@ def main() -> None:
     names = list(GROWTH) if args.growth else args.shapes or list(SHAPES)
     shapes = {name: GROWTH[name] if args.growth else parse_shape(name) for name in names}
     bandwidth = statistics.median(copy_bandwidth(args.device) for _ in range(3))
-    machine = (
-        torch.cuda.get_device_name()
-        if args.device == 'cuda'
-        else platform.processor() or platform.machine()
-    )
+    machine = machine_name(args.device)
     print(f'{machine}, torch {torch.__version__}, {args.dtype}, copy bandwidth {bandwidth / 1e12:.2f} TB/s')
     functions = candidates(args.backends, args.peers)
     results = {}
