@@ -439,6 +439,30 @@ assert mmcv._ext.compiled
     assert 'mmvig' not in result.stderr
 
 
+def test_mmdet_imported_earlier_gets_the_operators_that_it_missed(monkeypatch):
+    from mmcv.ops import batched_nms, roi_align
+    from mmdet.evaluation.metrics import dump_odvg_results
+    from mmdet.structures.mask import structures
+
+    def missed():
+        raise RuntimeError
+
+    for module, name in ((structures, 'roi_align'), (dump_odvg_results, 'batched_nms')):
+        fallback = type(missed)(missed.__code__, {'__name__': module.__name__})  # as if defined there
+        monkeypatch.setattr(module, name, fallback)
+    mmvig.compat._give_mmdet_its_operators()
+    assert structures.roi_align is roi_align
+    assert dump_odvg_results.batched_nms is batched_nms
+
+
+def test_mmdet_with_its_operators_keeps_them(monkeypatch):
+    from mmdet.structures.mask import structures
+
+    monkeypatch.setattr(structures, 'roi_align', wrapped := lambda *args: None)
+    mmvig.compat._give_mmdet_its_operators()
+    assert structures.roi_align is wrapped
+
+
 @pytest.fixture
 def upstream_mmengine(monkeypatch):
     """An mmengine that leaves torch.load as it is, as upstream's does."""

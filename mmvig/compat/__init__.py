@@ -34,6 +34,22 @@ def _stand_in_for_mmcv_ext() -> None:
     )
 
 
+def _give_mmdet_its_operators() -> None:
+    """Put mmcv's operators where mmdet, imported earlier than this, put functions that only raise.
+
+    Why: without compiled operators, imports such as ``mmdet.apis`` succeed, but Mask R-CNN then cannot be
+    trained, even from a config whose ``custom_imports`` name this module. Can go with the stand-in.
+    """
+    for name, operator in (
+        ('mmdet.structures.mask.structures', 'roi_align'),
+        ('mmdet.evaluation.metrics.dump_odvg_results', 'batched_nms'),
+        ('mmdet.utils.large_image', 'batched_nms'),
+    ):
+        module = sys.modules.get(name)
+        if module is not None and getattr(module, operator).__module__ == name:
+            setattr(module, operator, getattr(importlib.import_module('mmcv.ops'), operator))
+
+
 def _let_torch_load_mmengine_checkpoints() -> None:
     """Let ``torch.load`` read what mmengine puts into its checkpoints beside tensors.
 
@@ -66,5 +82,6 @@ def _register_for_custom_imports() -> None:
 
 
 _stand_in_for_mmcv_ext()
+_give_mmdet_its_operators()
 _let_torch_load_mmengine_checkpoints()
 _register_for_custom_imports()
