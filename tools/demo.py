@@ -108,13 +108,13 @@ def main() -> None:
     """Check the files, save each image with its predictions and print where."""
     with preflight.one_line_errors():
         args = parse_args()
+        cli.log_own_messages()  # before the config, whose custom_imports may have something to say
         cfg = cli.read_config_file(args.config)
         if cfg.get('default_scope') not in PAINTERS:
             raise preflight.SetupError(f'{args.config} is no detection or segmentation config')
         preflight.check_checkpoint(args.checkpoint, args.config)
         outputs = find_images(args.images, Path(args.out_dir))
 
-        cli.log_own_messages()
         import mmvig.compat  # noqa: F401  before what imports mmcv.ops
 
         args.device = args.device or ('cuda:0' if torch.cuda.is_available() else 'cpu')
