@@ -19,6 +19,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
@@ -343,8 +344,11 @@ def train_and_predict(package, folder, checkpoint, first='', options=()):
         *loader_options(data_root=folder / 'shapes'),
         *(
             'train_cfg.max_iters=2',
+            'train_cfg.val_interval=2',
             'default_hooks.logger.interval=1',
             'default_hooks.checkpoint.interval=2',
+            'default_hooks.checkpoint.save_best=None',
+            'default_hooks.checkpoint.save_optimizer=False',
         ),
         *options,
     ]
@@ -368,7 +372,10 @@ def test_mmdet_trains_our_config_and_rebuilds_it_by_itself(tmp_path, image):
         tmp_path,
         'detector.pth',
         first='import mmdet.apis',  # before the config: mmdet then misses mmcv's operators
-        options=[f'val_evaluator.ann_file={annotations}'],
+        options=[
+            f'val_evaluator.ann_file={annotations}',
+            'train_dataloader.dataset.pipeline.2.scale=(80,60)',
+        ],
     )
     model = init_detector(config, str(tmp_path / 'detector.pth'), device='cpu')
     expected = inference_detector(model, str(image)).pred_instances
@@ -381,7 +388,11 @@ def test_mmdet_trains_our_config_and_rebuilds_it_by_itself(tmp_path, image):
 def test_mmseg_trains_our_config_and_rebuilds_it_by_itself(tmp_path, image):
     from mmseg.apis import inference_model, init_model
 
-    config, prediction = train_and_predict('mmseg', tmp_path, 'segmentor.pth')
+    sizes = [
+        'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+        'model.data_preprocessor.size=(64,64)',
+    ]
+    config, prediction = train_and_predict('mmseg', tmp_path, 'segmentor.pth', options=sizes)
     model = init_model(config, str(tmp_path / 'segmentor.pth'), device='cpu')
     expected = inference_model(model, str(image)).pred_sem_seg.data[0].numpy()
     assert prediction.shape == (60, 80) and (prediction == expected).mean() > 0.999
@@ -410,7 +421,7 @@ def test_mmpretrain_trains_a_block_and_rebuilds_it_by_itself(tmp_path, image, mo
     exec(INFERENCE['mmpretrain'], names)
     prediction = names['prediction']
     model = MODELS.build(small_config('swin-tiny_16xb64_in1k', tmp_path).model).eval()
-    model.load_state_dict(torch.load('classifier.pth', weights_only=False)['state_dict'])
+    load_checkpoint(model, 'classifier.pth', 'cpu', strict=True)
     data = names['inferencer'].pipeline({'img': cv2.imread(str(image))})
     with torch.no_grad():
         scores = model.test_step({'inputs': data['inputs'][None], 'data_samples': [data['data_samples']]})
