@@ -44,6 +44,7 @@ from mmvig.engine.preflight import SetupError, one_line_errors
 HIERARCHICAL_SHAPES = ['224x224 b128', '800x1216 b2', '1024x1024 b8', '800x1216 b1']
 PLAIN_SHAPES = ['224x224 b128', '1024x1024 b32', '2048x2048 b8']
 QUICK = {'models': ['Swin-T', 'ConvNeXt-T', 'ViG-H-T', 'DeiT-T', 'ViG-T'], 'shapes': ['64x64 b1']}
+QUICK_SWEEP_SIDES = (32, 64)
 SWEEP_SIDES = (224, 512, 1024, 1536, 2048, 3072, 4096)
 SWEEP_PIXELS = 2048**2  # in a batch, so that small images fill the device as well
 STEPS = ('inference', 'training')
@@ -327,8 +328,10 @@ def choose_jobs(args: argparse.Namespace) -> list[tuple[Entry, Shape, str, list[
     entries = choose(args.models or (QUICK['models'] if args.quick else ['*']))
     defaults = {False: HIERARCHICAL_SHAPES, True: PLAIN_SHAPES}  # by Entry.plain
     if args.sweep:
-        texts = [f'{side}x{side} b{max(1, SWEEP_PIXELS // side**2)}' for side in SWEEP_SIDES]
-        defaults = dict.fromkeys(defaults, texts[:1] if args.quick else texts)
+        sides = QUICK_SWEEP_SIDES if args.quick else SWEEP_SIDES
+        pixels = min(SWEEP_PIXELS, sides[-1] ** 2)
+        texts = [f'{side}x{side} b{max(1, pixels // side**2)}' for side in sides]
+        defaults = dict.fromkeys(defaults, texts)
     elif args.shapes or args.quick:
         defaults = dict.fromkeys(defaults, args.shapes or QUICK['shapes'])
     texts = {plain: [parse_shape(text) for text in shapes] for plain, shapes in defaults.items()}

@@ -9,6 +9,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -43,6 +44,11 @@ def version(package: str) -> str | None:
     if importlib.util.find_spec(package) is None:
         return None
     return importlib.import_module(package).__version__
+
+
+def autocast(device: str, dtype: str) -> AbstractContextManager:
+    """Mixed precision in one of :data:`DTYPES`; none for 'fp32'."""
+    return nullcontext() if dtype == 'fp32' else torch.autocast(device, dtype=DTYPES[dtype])
 
 
 class Clock:

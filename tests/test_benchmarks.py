@@ -1,0 +1,256 @@
+"""Benchmarks of whole models, at tiny sizes on the CPU: that they run and report, not what they find."""
+
+import argparse
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / 'tools/benchmark'
+MASK_RCNN = ROOT / 'configs/detection/maskrcnn_vigh_t_shapes_cpu.py'
+UPERNET = ROOT / 'configs/segmentation/upernet_vigh_t_shapes.py'
+SMALL_MASK_RCNN = f"""
+_base_ = [{str(MASK_RCNN)!r}]
+arch = dict(_delete_=True, embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
+model = dict(backbone=dict(arch=arch), neck=dict(in_channels=[32, 64, 128, 256]))
+"""
+TIMES = {'median', 'p10', 'p90'}
+
+
+def run(script, *arguments, cwd):
+    """Run a benchmark as a user does; what it printed."""
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / script, '--device', 'cpu', *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def assert_positive(row, keys):
+    assert keys <= row.keys()
+    for key in keys:
+        assert math.isfinite(row[key]) and row[key] > 0, (key, row[key])
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Import a benchmark's module."""
+    monkeypatch.setattr(sys, 'path', [str(BENCHMARKS), *sys.path])
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in {'backbone', 'common', 'detector', 'models', 'steps'} - before:
+        sys.modules.pop(name, None)
+
+
+def test_backbones(tmp_path):
+    models = ['--models', 'ViG-H-T', 'Swin-T', 'DeiT-T', '--peers-from', 'torchvision']
+    said = run('backbone.py', '--quick', '--shapes', '32x64 b2', *models, cwd=tmp_path)
+    out = tmp_path / 'work_dirs/benchmark'
+    report = json.loads((out / 'backbone.json').read_text())
+    assert report['complete'] and report['torch'] == torch.__version__
+    rows = {(row['model'], row['step']): row for row in report['rows']}
+    assert len(rows) == len(report['rows']) == 6
+    for step in ('inference', 'training'):
+        ours, swin = rows['ViG-H-T', step], rows['Swin-T', step]
+        for row in (ours, swin):
+            assert row['status'] == 'ok'
+            assert_positive(row, TIMES | {'latency', 'host', 'images_per_second', 'repeats'})
+            assert row['images_per_second'] == pytest.approx(2 / row['median'])
+        assert ours['ratios'] == {'Swin-T': pytest.approx(swin['median'] / ours['median'])}
+        assert ours['errors']['maps'] < 1e-4 and swin['ratios'] == {}
+        assert rows['DeiT-T', step]['status'] == 'absent'
+    assert 'torchvision has no DeiT' in said
+    assert (out / 'backbone.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_detectors_and_segmentors(tmp_path):
+    (tmp_path / 'mask_rcnn.py').write_text(SMALL_MASK_RCNN)
+    few = ['--repeats', '2', '--warm-up', '1', '--batch', '2', '--shape', '32', '64', '--out', 'here']
+    said = run('detector.py', 'mask_rcnn.py', UPERNET, *few, cwd=tmp_path)
+    report = json.loads((tmp_path / 'here/detector.json').read_text())
+    assert report['complete']
+    detector, ours, swin = report['rows']
+    name = UPERNET.stem
+    assert [row['name'] for row in report['rows']] == ['mask_rcnn', name, f'{name} with swin']
+    for row in report['rows']:
+        assert row['status'] == 'ok' and row['shape'] == [32, 64] and row['precision'] == 'fp32'
+        assert_positive(row['training'], TIMES | {'backbone_forward', 'backbone_backward', 'loss'})
+        assert_positive(row['inference'], TIMES | {'backbone_forward'})
+        for step in ('training', 'inference'):
+            assert 0 < row[step]['backbone_share'] < 1
+    assert detector['inference']['detections'] > 0 and 'detections' not in ours['inference']
+    for step in ('training', 'inference'):
+        assert swin['ratios'][step] == pytest.approx(swin[step]['median'] / ours[step]['median'])
+    assert f'{name} with swin' in said
+
+
+def test_backward_marks_enclose_the_backbone_alone(module):
+    """Against a head and a backbone that sleep in their backward passes."""
+    detector, common = module('detector'), module('common')
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, seconds):
+            ctx.seconds = seconds
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            common.time.sleep(ctx.seconds)
+            return gradient, None
+
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            first = Slow.apply(self.weight * x, 0.01)
+            return first * 1, Slow.apply(first, 0.02) * 1
+
+    backbone = Backbone()
+    marks = detector.BackboneMarks(backbone, common.Clock('cpu'))
+    maps = backbone(torch.ones(4))
+    sum(Slow.apply(each, 0.1).sum() for each in maps).backward()
+    marks.end_backward()
+    taken = marks.take()
+    assert 0.03 <= taken['backward end'] - taken['backward begin'] < 0.1
+    assert marks.take() == {}
+
+
+def test_a_wrong_result_is_not_timed(module, monkeypatch):
+    steps, models = module('steps'), module('models')
+    from mmvig.backbones import mixer
+
+    real = mixer.bigla_packed
+
+    def wrong(*inputs, backend):
+        o = real(*inputs, backend=backend)
+        return o.roll(1, dims=1) if backend == 'auto' else o
+
+    monkeypatch.setattr(mixer, 'bigla_packed', wrong)
+    with pytest.raises(steps.Wrong, match='error of the'):
+        steps.check_ours(models.MODELS['ViG-T'], 'fp32', 'cpu')
+
+
+def test_the_profile_lists_the_largest_first(module):
+    x, y = torch.rand(400, 400), torch.rand(10)
+
+    def step():
+        y.sin()
+        y.sin()
+        return x @ x
+
+    rows = module('steps').kernels(step, 'cpu')
+    found = {row['name']: row for row in rows}
+    assert rows[0]['name'] == 'aten::mm' and rows[0]['share'] > 0.5
+    assert found['aten::mm']['count'] == 1 and found['aten::sin']['count'] == 2
+    assert sum(row['share'] for row in rows) == pytest.approx(1)
+    for row in rows[:2]:
+        assert_positive(row, {'seconds', 'count', 'share'})
+
+
+@pytest.mark.parametrize(
+    ('value', 'shape', 'message'),
+    [(math.nan, (2, 3), 'not finite'), (1.0, (3, 2), 'have the shapes'), (1.0, (2, 3), 'such as unused')],
+)
+def test_broken_steps_are_found(module, value, shape, message):
+    steps = module('steps')
+    model = nn.Module()
+    model.unused = nn.Parameter(torch.ones(1))
+    maps = (torch.full((2, 3), value, requires_grad=True),)
+    with pytest.raises(steps.Wrong, match=message):
+        steps.check_step(lambda: maps, model, [shape])
+
+
+@pytest.mark.parametrize('power', [1, 2])
+def test_growth_finds_the_power(module, power):
+    sides = {64: 4, 128: 1, 256: 1}
+    shared = {'status': 'ok', 'mode': 'eager', 'model': 'it', 'step': 'inference', 'dtype': 'fp32'}
+    rows = [
+        {**shared, 'pixels': batch * side**2, 'batch': batch, 'median': batch * float(side**2) ** power}
+        for side, batch in sides.items()
+    ]
+    (found,) = module('backbone').growth(rows).values()
+    assert found['exponent'] == pytest.approx(power)
+    assert found['ratio'] == pytest.approx(16 ** (power - 1))
+
+
+def test_memory_running_out_ends_one_row(module, monkeypatch, tmp_path):
+    backbone = module('backbone')
+
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError('full')
+
+    monkeypatch.setattr(backbone, 'peak_memory', full)
+    options = dict(device='cpu', seconds=0.01, peers_from='torchvision', profile=False)
+    args = argparse.Namespace(**options, compile=False, graph=False)
+    benchmark = backbone.Benchmark(args, tmp_path / 'it.json')
+    swin = backbone.choose(['Swin-T'])[0]
+    benchmark.run(swin, backbone.Shape(1, 32, 32), 'fp32', ['inference'])
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, 'path', [str(BENCHMARKS), *sys.path])
+    benchmark.run(swin, backbone.Shape(1, 32, 32), 'fp32', ['inference'])
+    rows = json.loads((tmp_path / 'it.json').read_text())['rows']
+    assert [row['status'] for row in rows] == ['out of memory', 'ok']
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'message'),
+    [
+        ('backbone', [], 'no CUDA device'),
+        ('backbone', ['--device', 'cpu', '--models', 'Wine-*'], "no model matches 'Wine-*'"),
+        ('backbone', ['--device', 'cpu', '--shapes', '100x64 b1'], "multiples of 32, got '100x64 b1'"),
+        ('backbone', ['--device', 'cpu', '--shapes', '64 b1'], "expected 'HxW bN'"),
+        ('backbone', ['--device', 'cpu', '--sweep', '--shapes', '64x64 b1'], 'leave out --shapes'),
+        ('backbone', ['--device', 'cpu', '--seconds', '0'], 'above 0'),
+        ('backbone', ['--device', 'cpu', '--graph'], '--graph needs a CUDA device'),
+        ('detector', [], 'no CUDA device'),
+        ('detector', ['--device', 'cpu', 'nowhere.py'], 'config is missing'),
+        ('detector', ['--device', 'cpu', 'empty.py'], 'no config of a detector'),
+        ('detector', ['--device', 'cpu', str(MASK_RCNN), '--shape', '0', '4'], 'at least 1, got 0 4'),
+        ('detector', ['--device', 'cpu', '--repeats', '1'], '--repeats must be at least 2'),
+        ('detector', ['--device', 'cpu', '--precision', 'fp16'], 'fp16 needs a CUDA device'),
+    ],
+)
+def test_bad_options(module, monkeypatch, capsys, tmp_path, name, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'empty.py').write_text('a = 1\n')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(sys, 'argv', [f'{name}.py', *options])
+    with pytest.raises(SystemExit) as exit_:
+        module(name).main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and message in line
+
+
+@pytest.mark.parametrize(
+    ('config', 'shape'),
+    [
+        ('detection/maskrcnn_vigh_t.py', (800, 1333)),
+        ('detection/maskrcnn_vigh_t_3x_ms.py', (800, 1333)),
+        ('segmentation/upernet_vigh_t.py', (512, 512)),
+        ('segmentation/upernet_vigh_t_camvid.py', (352, 480)),
+    ],
+)
+def test_images_have_the_configs_size(module, config, shape):
+    detector = module('detector')
+    args = argparse.Namespace(configs=[str(ROOT / 'configs' / config)], shape=None, peers=['swin'])
+    (_, ours, found), (_, swin, _) = detector.choose_models(args)
+    assert found == shape
+    assert swin.model.backbone.type == 'SwinTransformer'
+    swin.model.backbone = ours.model.backbone
+    assert swin.to_dict() == ours.to_dict()
