@@ -259,6 +259,7 @@ def test_model_trains_a_step_and_predicts(name, tmp_path):
 
 def test_the_optimiser_block_can_be_added_and_spares_norms_and_biases(tmp_path):
     cfg = load(CONFIGS['faster-rcnn_r50_fpn_1x_coco'] + OPTIMIZER, tmp_path)
+    cfg.model.backbone.arch = {'embed_dims': 32, 'depths': [1, 1, 1, 1], 'num_heads': [1, 2, 4, 8]}
     backbone = MODELS.build(cfg.model.backbone)
     optimizer = build_optim_wrapper(backbone, cfg.optim_wrapper).optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
