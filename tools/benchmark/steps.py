@@ -121,7 +121,7 @@ def check_ours(entry: Entry, dtype: str, device: str) -> dict[str, float]:
     return errors
 
 
-def capture(step: Callable, model: nn.Module) -> Callable:
+def capture(step: Callable) -> Callable:
     """The step as a CUDA graph, checked against the step itself.
 
     Raises:
