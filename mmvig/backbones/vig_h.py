@@ -140,7 +140,7 @@ class ViGH(Backbone):
         self.num_features = [embed_dims * 2**i for i in range(num_stages)]
 
         self.stem = Stem(in_channels, embed_dims)
-        drop_paths = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
+        drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
         self.stages = nn.ModuleList()
         for i, channels in enumerate(self.num_features):
             first = sum(depths[:i])
