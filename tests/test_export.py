@@ -1,0 +1,241 @@
+"""ONNX and torch.export of backbones, classifiers and UperNet, through the tool's command line."""
+
+import importlib
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from mmvig.backbones import ViG
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKBONE = """
+arch = dict(embed_dims=32, depths=[1, 1], num_heads=[1, 2])
+model = dict(type='mmvig.ViGH', arch=arch, out_indices=(0, 1))
+"""
+PLAIN = "model = dict(type='mmvig.ViG', arch=dict(embed_dims=32, depth=1, num_heads=1))\n"
+CLASSIFIER = f"""
+_base_ = [{str(ROOT / 'configs/classification/vig_t_in1k.py')!r}]
+model = dict(
+    backbone=dict(arch=dict(_delete_=True, embed_dims=32, depth=1, num_heads=1, conv_act=True)),
+    head=dict(num_classes=10, in_channels=32),
+)
+"""
+UPERNET = f"""
+_base_ = [{str(ROOT / 'configs/segmentation/upernet_vigh_t_shapes.py')!r}]
+channels = [32, 64, 128, 256]
+arch = dict(_delete_=True, embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
+model = dict(
+    backbone=dict(arch=arch),
+    decode_head=dict(in_channels=channels, channels=16),
+    auxiliary_head=dict(in_channels=128, channels=16),
+)
+"""
+MASK_RCNN = ROOT / 'configs/detection/maskrcnn_vigh_t.py'
+
+
+@pytest.fixture(scope='module')
+def export():
+    """The tool as a module, so that what it makes once for all models is made once here."""
+    spec = importlib.util.spec_from_file_location('export_onnx', ROOT / 'tools/export_onnx.py')
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    with pytest.MonkeyPatch.context() as patch:
+        # Steps for 128 * 2^6 tokens, enough here and soon traced; tests/ops exports all of them.
+        patch.setattr(importlib.import_module('mmvig.ops.bigla.chunked'), 'TRACED_STEPS', 6)
+        yield module
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """Keep torch's structured trace, thousands of records, from pytest's capture."""
+    monkeypatch.setattr(logging.getLogger('torch.__trace'), 'propagate', False)
+
+
+@pytest.fixture
+def tool(export, monkeypatch, capsys, tmp_path):
+    """Run the tool in an empty folder with a config's text: (exit status, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(config, *arguments):
+        if isinstance(config, str):
+            (tmp_path / 'cfg.py').write_text(config)
+            config = 'cfg.py'
+        monkeypatch.setattr(sys, 'argv', ['export_onnx.py', str(config), *map(str, arguments)])
+        status = 0
+        try:
+            export.main()
+        except SystemExit as exit_:
+            status = exit_.code
+        said = capsys.readouterr()
+        return status, said.out.splitlines(), said.err.splitlines()
+
+    return run
+
+
+def build(text, scope, tmp_path):
+    """A config's model with weights that no initialisation gives, saved as a training checkpoint."""
+    (tmp_path / 'cfg.py').write_text(text)
+    cfg = Config.fromfile(tmp_path / 'cfg.py').model
+    with DefaultScope.overwrite_default_scope(scope):
+        model = revert_sync_batchnorm(MODELS.build(cfg)).eval()
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2 if parameter.ndim > 1 else 0.5)
+    torch.save({'meta': {}, 'state_dict': model.state_dict()}, tmp_path / 'it.pth')
+    return model
+
+
+def run_onnx(path, images):
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {'images': images.numpy()}), strict=True))
+
+
+def test_backbone_to_onnx(tool, tmp_path):
+    model = build(BACKBONE, None, tmp_path)
+    status, said, errors = tool(BACKBONE, 'it.pth', '--out', 'b.onnx', '--shape', '64', '48')
+    assert (status, said[-1]) == (0, 'b.onnx'), errors
+    assert [line.partition(':')[0] for line in said[:3]] == ['2 x 64 x 48', '1 x 42 x 60', '3 x 33 x 33']
+    onnx.checker.check_model('b.onnx')
+    # Sizes that the tool did not check, one of them with many chunks of tokens, one with a single image.
+    for shape in ((1, 3, 150, 131), (4, 3, 33, 200), (2, 3, 64, 64)):
+        images = torch.randn(shape)
+        found = run_onnx('b.onnx', images)
+        with torch.no_grad():
+            expected = model(images)
+        assert list(found) == ['map0', 'map1']
+        for x, y in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(x), y, atol=1e-4, rtol=1e-4)
+
+
+def test_classifier_to_onnx(tool, tmp_path):
+    model = build(CLASSIFIER, 'mmpretrain', tmp_path)
+    status, said, errors = tool(CLASSIFIER, 'it.pth', '--out', 'c.onnx', '--shape', '96', '64')
+    assert (status, said[-1]) == (0, 'c.onnx'), errors
+    images = torch.randn(3, 3, 77, 118)
+    with torch.no_grad():
+        expected = model(images)
+    found = run_onnx('c.onnx', images)
+    torch.testing.assert_close(torch.from_numpy(found['logits']), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_upernet_to_onnx(tool, tmp_path):
+    model = build(UPERNET, 'mmseg', tmp_path)
+    status, said, errors = tool(UPERNET, 'it.pth', '--out', 'u.onnx', '--shape', '64', '96')
+    assert (status, said[-1]) == (0, 'u.onnx'), errors
+    images = torch.randn(1, 3, 101, 70)
+    meta = dict(ori_shape=(101, 70), img_shape=(101, 70), pad_shape=(101, 70))
+    with torch.no_grad():
+        expected = model.encode_decode(images, [meta])
+    logits = torch.from_numpy(run_onnx('u.onnx', images)['logits'])
+    assert logits.shape == (1, 7, 101, 70)
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_backbone_of_any_model_by_torch_export(tool, export, tmp_path, monkeypatch):
+    model = build(PLAIN, None, tmp_path)
+    text = CLASSIFIER.replace(', conv_act=True', '')
+    detector = {f'backbone.{key}': value for key, value in model.state_dict().items()}
+    torch.save({'state_dict': {**detector, 'head.fc.weight': torch.zeros(1)}}, 'it.pth')
+    load, loaded = torch.export.load, []
+    monkeypatch.setattr(torch.export, 'load', lambda file: loaded.append(load(file)) or loaded[0])
+    status, said, errors = tool(text, 'it.pth', '--backbone', '--out', 'p.pt2', '--shape', '64', '96')
+    assert (status, said[-1]) == (0, 'p.pt2'), errors
+    assert Path('p.pt2').stat().st_size > 0
+    images = torch.randn(1, 3, 85, 64)
+    with torch.no_grad():
+        (expected,) = model(images)
+        (found,) = loaded[0].module()(images)  # from the bytes that were written; loading takes seconds
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(('height', 'width'), [(2, 3), (7, 13), (30, 6)])
+@pytest.mark.parametrize('size', [1, 2, 3, 6, (4, 5)])
+def test_pooling_is_pytorchs(export, height, width, size):
+    pool, x = nn.AdaptiveAvgPool2d(size), torch.randn(2, 3, height, width)
+    torch.testing.assert_close(export._adaptive_average(pool, x), pool(x))
+
+
+def test_a_wrong_export_is_not_written(tool, export, monkeypatch):
+    """Beyond the traced size alone: a model whose output is off only there."""
+    monkeypatch.setattr(export, 'to_onnx', lambda *_: b'')
+
+    build, built = export.build, []
+
+    def watched(*arguments):
+        built.append(build(*arguments))
+        return built[0]
+
+    def run(images):
+        return [x + (0.1 if images.shape[2] != 64 else 0) for x in built[0](images)]
+
+    monkeypatch.setattr(export, 'build', watched)
+    monkeypatch.setattr(export, 'run_onnx', lambda _: run)
+    status, said, (line,) = tool(BACKBONE, '--out', 'b.onnx', '--shape', '64', '48')
+    assert any(said_line.startswith('2 x 64 x 48: differs from PyTorch by 0.0') for said_line in said)
+    assert status == 2 and 'differs from PyTorch by' in line and 'nothing was written' in line
+    assert not Path('b.onnx').exists()
+
+
+@pytest.mark.parametrize(
+    ('config', 'arguments', 'message'),
+    [
+        ('no.py', ['--out', 'a.onnx'], 'config is missing'),
+        (MASK_RCNN, ['--out', 'a.onnx'], 'is a MaskRCNN: exported are'),
+        (BACKBONE, ['--out', 'a.onnx', '--backbone'], 'has none'),
+        ('a = 1', ['--out', 'a.onnx'], 'has no model to export'),
+        (BACKBONE, ['--out', 'nowhere/a.onnx'], 'there is no folder'),
+        (BACKBONE, ['--out', 'a.pth'], 'must end in .onnx or .pt2'),
+        (BACKBONE, ['--out', 'a.onnx', '--shape', '32', '64'], 'sides from 33'),
+        (BACKBONE, ['--out', 'a.onnx', '--opset', '17'], 'at least 18'),
+        (BACKBONE, ['no.pth', '--out', 'a.onnx'], 'no.pth'),
+        (BACKBONE, ['other.pth', '--out', 'a.onnx'], 'is it of another arch'),
+        (BACKBONE, ['broken.pth', '--out', 'a.onnx'], 'cannot be read as a checkpoint'),
+    ],
+)
+def test_what_cannot_be_exported(tool, tmp_path, config, arguments, message):
+    torch.save(ViG(dict(embed_dims=32, depth=1, num_heads=1)).state_dict(), tmp_path / 'other.pth')
+    (tmp_path / 'broken.pth').write_bytes(b'not a checkpoint')
+    status, _, (line,) = tool(Path(config) if config == 'no.py' else config, *arguments)
+    assert status == 2 and message in line
+    assert not list(tmp_path.glob('**/a.*'))
+
+
+def test_missing_packages_are_named(tool, export, monkeypatch):
+    found = importlib.util.find_spec
+
+    def find(name):
+        return None if name in ('onnxruntime', 'onnxscript') else found(name)
+
+    monkeypatch.setattr(export.importlib.util, 'find_spec', find)
+    status, _, (line,) = tool(BACKBONE, '--out', 'a.onnx')
+    assert status == 2 and line.endswith('pip install onnxruntime onnxscript')
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tool, export, monkeypatch):
+    def no_space(*_):
+        raise OSError('No space left on device')
+
+    Path('a.onnx').write_text('old')
+    monkeypatch.setattr(export, 'to_onnx', lambda *_: b'new')
+    monkeypatch.setattr(export, 'check', lambda *_: None)
+    monkeypatch.setattr(export, 'run_onnx', lambda _: None)
+    monkeypatch.setattr('os.fsync', no_space)
+    status, _, (line,) = tool(BACKBONE, '--out', 'a.onnx')
+    assert status == 2 and 'No space left' in line
+    assert Path('a.onnx').read_text() == 'old' and len(list(Path().glob('*.onnx*'))) == 1

@@ -1,0 +1,322 @@
+"""Export a backbone, a classifier or a segmentor as ONNX or by torch.export, for images of any size.
+
+    python tools/export_onnx.py configs/classification/vigh_t_in1k.py vig_h_t.pth --out vigh_t.onnx
+    python tools/export_onnx.py configs/segmentation/upernet_vigh_t.py iter.pth --out upernet.onnx
+    python tools/export_onnx.py configs/detection/maskrcnn_vigh_t.py it.pth --backbone --out it.pt2
+
+The input `images` is float32 [batch, 3, height, width], RGB, normalised as the config says.
+Batch, height and width are free, from 33 pixels on. Outputs: `logits` [batch, classes] of a classifier,
+`logits` [batch, classes, height, width] of a segmentor, `map0`, `map1`, ... of a backbone, at its strides.
+
+Before anything is written, the exported model runs at three sizes, of which it was traced at one, and must
+give what the model gives in PyTorch.
+"""
+
+import argparse
+import functools
+import importlib.util
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+
+from mmvig.backbones.base import Backbone
+from mmvig.engine import cli
+from mmvig.engine.files import write_whole
+from mmvig.engine.preflight import SetupError, check_checkpoint, one_line_errors
+from mmvig.ops.bigla import bigla, unpack
+
+ONNX_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
+TOLERANCE = 1e-3  # of the largest output, or of 1
+MIN_SIDE, MAX_SIDE = (
+    33,
+    16384,
+)  # 33: two tokens a side at stride 32, as tracing takes a size of 1 for a constant
+MAX_ROWS, MAX_TOKENS = 2**20, 2**25  # batch * heads; 2**25: more than 16384 x 16384 pixels have at stride 4
+SHAPES = {'mmseg': (512, 512)}
+DEFAULT_SHAPE = (224, 224)
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', nargs='?', help='checkpoint file; default: random weights')
+    parser.add_argument('--out', required=True, help='file to write: .onnx, or .pt2 for torch.export')
+    parser.add_argument('--backbone', action='store_true', help="the config's backbone alone")
+    parser.add_argument(
+        '--shape',
+        nargs=2,
+        type=int,
+        metavar=('H', 'W'),
+        help='image size to trace; default: 512 512 for segmentors, else 224 224',
+    )
+    parser.add_argument('--opset', type=int, default=18, help='of ONNX, from 18 on; default: %(default)s')
+    return parser.parse_args()
+
+
+class Segmentor(nn.Module):
+    """A segmentor of mmseg without what is for training alone: images to logits of their size."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, classes, H, W]."""
+        head = self.model.decode_head
+        logits = head(self.model.extract_feat(images))
+        return F.interpolate(logits, images.shape[2:], mode='bilinear', align_corners=head.align_corners)
+
+
+def build(cfg: Config, checkpoint: str | None, backbone: bool) -> nn.Module:
+    """The model to be exported, in evaluation mode on the CPU: images to a tensor or a tuple of maps.
+
+    Raises:
+        SetupError: The config is of another kind, or the checkpoint does not fit.
+    """
+    import mmvig.compat  # noqa: F401  before what imports mmcv.ops
+
+    if 'model' not in cfg:
+        raise SetupError(f'{cfg.filename} has no model to export')
+    if cfg.get('default_scope'):
+        init_default_scope(cfg.default_scope)
+    if backbone and 'backbone' not in cfg.model:
+        raise SetupError(f'--backbone: the model of {cfg.filename} has none')
+    model = revert_sync_batchnorm(MODELS.build(cfg.model.backbone if backbone else cfg.model))
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if not (isinstance(model, Backbone) or kinds & {'ImageClassifier', 'EncoderDecoder'}):
+        raise SetupError(
+            f'{cfg.filename} is a {type(model).__name__}: exported are backbones of mmvig, ImageClassifier '
+            'and EncoderDecoder; the backbone of any model is with --backbone'
+        )
+    if checkpoint:
+        cli.load_strictly(model, checkpoint)
+    else:
+        MMLogger.get_instance('mmvig.export').setLevel(logging.WARNING)  # a line a parameter otherwise
+        model.init_weights()
+    model.eval().requires_grad_(False)
+    return Segmentor(model) if 'EncoderDecoder' in kinds else model
+
+
+class _Core(nn.Module):
+    """BiGLA of single heads, by the chunked backend, which is made of exportable operators alone."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_bwd: Tensor) -> Tensor:
+        """q, k, gates [N, R, K], v [N, R, V] -> [N, R, V]; R stands for batch * heads."""
+        heads = (x.unsqueeze(0) for x in (q, k, v, g_fwd, g_bwd))
+        return bigla(*heads, backend='chunked').squeeze(0)
+
+
+def _core_name(widths: tuple[int, int]) -> str:
+    return 'BiGLA_{}x{}'.format(*widths)
+
+
+class _CoreCalls:
+    """Stands for ``bigla_packed`` while a model is traced: a call becomes a node, ``mmvig::BiGLA_<K>x<V>``.
+
+    Tracing the operator in every block would take minutes and make the file large.
+    """
+
+    def __init__(self):
+        self.widths: set[tuple[int, int]] = set()
+
+    def __call__(self, qkv: Tensor, gates: Tensor, num_heads: int, **_) -> Tensor:
+        # [B, N, H, K or V] -> [N, B * H, K or V]
+        rows = [x.transpose(0, 1).flatten(1, 2) for x in unpack(qkv, gates, num_heads)]
+        widths = rows[0].shape[-1], rows[2].shape[-1]
+        self.widths.add(widths)
+        name = f'mmvig::{_core_name(widths)}'
+        o = torch.onnx.ops.symbolic(name, rows, dtype=qkv.dtype, shape=rows[2].shape, version=1)
+        return o.unflatten(1, (-1, num_heads)).transpose(0, 1).flatten(2)
+
+
+def _adaptive_average(pool: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:
+    """nn.AdaptiveAvgPool2d as two weighted sums; its own trace holds for one image size only."""
+    sizes = pool.output_size if isinstance(pool.output_size, tuple) else (pool.output_size,) * 2
+
+    def averages(length: int, number: int) -> Tensor:
+        """[number, length]: row i averages from i * length / number to (i + 1) * length / number."""
+        i, place = torch.arange(number)[:, None], torch.arange(length)
+        inside = (place >= i * length // number) & (place < ((i + 1) * length + number - 1) // number)
+        return inside / inside.sum(1, keepdim=True)
+
+    rows, columns = (averages(length, number) for length, number in zip(x.shape[2:], sizes, strict=True))
+    x = (x[..., None, :] * columns).sum(-1)  # [B, C, H, number of columns]
+    return (x[..., None, :, :] * rows[..., None]).sum(-2)
+
+
+def trace(model: nn.Module, shape: tuple[int, int]) -> torch.export.ExportedProgram:
+    """torch.export of a model of images, with batch, height and width free."""
+    dims = {
+        0: torch.export.Dim('batch', min=1, max=65536),
+        2: torch.export.Dim('height', min=MIN_SIDE, max=MAX_SIDE),
+        3: torch.export.Dim('width', min=MIN_SIDE, max=MAX_SIDE),
+    }
+    # Two images: a batch of one would be taken for a constant.
+    images = torch.rand(2, 3, *shape)
+    with torch.no_grad(), mock.patch.object(nn.AdaptiveAvgPool2d, 'forward', _adaptive_average):
+        return torch.export.export(model, (images,), dynamic_shapes=(dims,))
+
+
+def to_onnx(model: nn.Module, shape: tuple[int, int], opset: int) -> bytes:
+    """A model as ONNX, BiGLA as a function that all blocks share."""
+    import onnx_ir
+
+    calls = _CoreCalls()
+    with mock.patch('mmvig.backbones.mixer.bigla_packed', calls):
+        program = trace(model, shape)
+    with torch.no_grad():
+        outputs = model(torch.zeros(1, 3, *shape))
+    names = [f'map{i}' for i in range(len(outputs))] if isinstance(outputs, tuple) else ['logits']
+    exported = _convert(program, opset, input_names=['images'], output_names=names)
+    for widths in calls.widths:
+        function = onnx_ir.from_proto(_core_function(widths, opset))
+        exported.functions[function.identifier()] = function
+    return onnx_ir.to_proto(exported).SerializeToString()
+
+
+@functools.cache
+def _core_function(widths: tuple[int, int], opset: int):
+    """BiGLA as an ONNX function, of heads whose keys and values have these widths."""
+    import onnx_ir
+
+    dims = {
+        0: torch.export.Dim('tokens', min=2, max=MAX_TOKENS),
+        1: torch.export.Dim('rows', min=2, max=MAX_ROWS),
+    }
+    key, value = widths
+    inputs = tuple(torch.rand(300, 3, width) for width in (key, key, value, key, key))
+    with torch.no_grad():
+        program = torch.export.export(_Core(), inputs, dynamic_shapes=(dims,) * 5)
+    graph = _convert(program, opset).graph
+    for initializer in list(graph.initializers.values()):  # which a function cannot have
+        constant = onnx_ir.node('Constant', [], {'value': initializer.const_value})
+        initializer.replace_all_uses_with(constant.outputs[0])
+        graph.insert_before(graph[0], constant)
+    graph.initializers.clear()
+    return onnx_ir.to_proto(onnx_ir.Function('mmvig', _core_name(widths), graph=graph, attributes=[]))
+
+
+def _convert(program: torch.export.ExportedProgram, opset: int, **names):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of deprecations within the exporter
+        result = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **names)
+    return result.model
+
+
+def to_program(model: nn.Module, shape: tuple[int, int]) -> bytes:
+    """A model as a torch.export program, as torch.export.load reads it."""
+    buffer = io.BytesIO()
+    torch.export.save(trace(model, shape), buffer)
+    return buffer.getvalue()
+
+
+def run_onnx(data: bytes) -> Callable[[Tensor], list[Tensor]]:
+    """A function that runs an ONNX model in onnxruntime, on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
+    return lambda images: [torch.from_numpy(x) for x in session.run(None, {'images': images.numpy()})]
+
+
+def run_program(data: bytes) -> Callable[[Tensor], list[Tensor]]:
+    """A function that runs a torch.export program."""
+    module = torch.export.load(io.BytesIO(data)).module()
+    return lambda images: _listed(module(images))
+
+
+def _listed(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def check(model: nn.Module, run: Callable, shape: tuple[int, int]) -> None:
+    """Compare what was exported with the model at three sizes, and print by how much they differ.
+
+    Raises:
+        SetupError: They differ by more than 1e-3 of the largest output, or of 1 where that is larger.
+    """
+    height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(2, height, width), (1, max(height * 2 // 3, 35), max(width * 5 // 4, 47))]
+    sizes.append((3, max(height // 2 + 1, MIN_SIDE), max(width // 3 + 2, MIN_SIDE)))
+    for batch, *size in sizes:
+        images = torch.randn(batch, 3, *size, generator=generator)
+        with torch.no_grad():
+            expected = _listed(model(images))
+            found = run(images)
+        if [x.shape for x in found] != [x.shape for x in expected]:
+            raise SetupError(f'at {size} the exported model gives {[tuple(x.shape) for x in found]}')
+        pairs = zip(found, expected, strict=True)
+        error = max(((x - y).abs().max() / y.abs().max().clamp(min=1)).item() for x, y in pairs)
+        print(f'{batch} x {size[0]} x {size[1]}: differs from PyTorch by {error:.1e}')
+        if not error <= TOLERANCE:
+            raise SetupError(
+                f'at {size} the exported model differs from PyTorch by {error:.1e}, more than {TOLERANCE}: '
+                'nothing was written'
+            )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check what does not need the model.
+
+    Raises:
+        SetupError: An option is out of its range, a package or a file is missing.
+    """
+    out = Path(args.out)
+    if out.suffix not in ('.onnx', '.pt2'):
+        raise SetupError(f'--out {out}: it must end in .onnx or .pt2')
+    if not out.parent.is_dir():
+        raise SetupError(f'--out {out}: there is no folder {out.parent.absolute()}')
+    if args.shape and not all(MIN_SIDE <= side <= MAX_SIDE for side in args.shape):
+        raise SetupError(f'--shape takes sides from {MIN_SIDE} to {MAX_SIDE}, got {args.shape}')
+    if out.suffix == '.onnx':
+        missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise SetupError(f'ONNX needs {", ".join(missing)}: pip install {" ".join(missing)}')
+        if not hasattr(torch.onnx, 'ops'):
+            raise SetupError(f'ONNX needs torch 2.8 or newer, this is {torch.__version__}')
+        if args.opset < 18:
+            raise SetupError(f'--opset must be at least 18, got {args.opset}')
+    if args.checkpoint:
+        check_checkpoint(args.checkpoint, args.config)
+
+
+def main() -> None:
+    """Export, check, write."""
+    with one_line_errors():
+        args = parse_args()
+        check_arguments(args)
+        cfg = cli.read_config_file(args.config)
+        model = build(cfg, args.checkpoint, args.backbone)
+        if not args.checkpoint:
+            print('Without a checkpoint, the weights are random.')
+        shape = tuple(args.shape or SHAPES.get(cfg.get('default_scope'), DEFAULT_SHAPE))
+        logging.getLogger('torch.onnx').setLevel(logging.ERROR)
+        if args.out.endswith('.onnx'):
+            data = to_onnx(model, shape, args.opset)
+            check(model, run_onnx(data), shape)
+        else:
+            data = to_program(model, shape)
+            check(model, run_program(data), shape)
+        write_whole(args.out, data)
+    print(args.out)
+
+
+if __name__ == '__main__':
+    main()
