@@ -1,6 +1,8 @@
 """What is installed, what importing it costs, and that there is one version number."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from packaging.requirements import Requirement
 
 import mmvig
 
@@ -60,10 +63,73 @@ def wheel(tmp_path_factory):
     return zipfile.ZipFile(path)
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheel):
+def files_under(*patterns):
+    """Files of the checkout, less what is made while it is used."""
+    paths = (path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file())
+    return {path.relative_to(ROOT).as_posix() for path in paths if '__pycache__' not in path.parts}
+
+
+def test_wheel_holds_the_package_and_what_mim_expects_and_nothing_else(wheel):
     names = {name for name in wheel.namelist() if '.dist-info/' not in name}
-    sources = {path.relative_to(ROOT).as_posix() for path in ROOT.glob('mmvig/**/*.py')}
-    assert names == sources | {'mmvig/py.typed'}
+    for_mim = files_under('configs/**/*', 'tools/**/*', 'model-index.yml')
+    assert len(for_mim) > 50
+    expected = files_under('mmvig/**/*.py') | {f'mmvig/.mim/{name}' for name in for_mim}
+    assert names == expected | {'mmvig/py.typed'}
+
+
+def test_tools_and_configs_of_an_installed_wheel_run(wheel, tmp_path):
+    """As mim calls them: from the package's own folder, the checkout out of sight."""
+    wheel.extractall(tmp_path / 'site')
+    mim = tmp_path / 'site/mmvig/.mim'
+    settings = {**os.environ, 'PYTHONPATH': str(tmp_path / 'site'), 'CUDA_VISIBLE_DEVICES': ''}
+    command = [sys.executable, mim / 'tools/train.py', mim / 'configs/classification/vigh_b_in1k.py']
+    run = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    (line,) = run.stderr.splitlines()
+    assert line.startswith('error: data root of train_dataloader.dataset is missing')
+
+
+def test_a_source_distribution_builds_the_same_wheel(wheel, tmp_path):
+    ignored = ['.*', '__pycache__', '*.egg-info', 'build', 'dist', 'data', 'work_dirs']
+    shutil.copytree(ROOT, tmp_path / 'tree', ignore=shutil.ignore_patterns(*ignored))
+    build = 'from setuptools.build_meta import build_{0}; build_{0}({1!r})'
+    script = build.format('sdist', str(tmp_path))
+    subprocess.run([sys.executable, '-c', script], cwd=tmp_path / 'tree', check=True, capture_output=True)
+    (archive,) = tmp_path.glob('*.tar.gz')
+    shutil.unpack_archive(archive, tmp_path / 'unpacked')
+    (tree,) = (tmp_path / 'unpacked').iterdir()
+    script = build.format('wheel', str(tmp_path))
+    subprocess.run([sys.executable, '-c', script], cwd=tree, check=True, capture_output=True)
+    (path,) = tmp_path.glob('*.whl')
+    with zipfile.ZipFile(path) as again:
+        assert sorted(again.namelist()) == sorted(wheel.namelist())
+
+
+def test_the_version_is_written_in_one_place():
+    version = mmvig.__version__
+    assert re.fullmatch(r'\d+\.\d+\.\d+', version)
+    elsewhere = files_under('mmvig/**/*.py', 'tools/**/*.py', 'configs/**/*', '*.toml', '*.py', '*.yml')
+    found = {
+        name
+        for name in elsewhere
+        if re.search(rf'["\']v?{re.escape(version)}["\']', (ROOT / name).read_text())
+    }
+    assert found == {'mmvig/__init__.py'}
+
+
+def test_extras_have_tested_versions(wheel):
+    """Each requirement of an extra has its version in constraints.txt, within its range."""
+    metadata = PathDistribution(zipfile.Path(wheel, f'mmvig-{mmvig.__version__}.dist-info/'))
+    pinned = {}
+    for line in (ROOT / 'constraints.txt').read_text().splitlines():
+        if line.partition('#')[0].strip():
+            requirement = Requirement(line)
+            pinned.setdefault(requirement.name, []).extend(each.version for each in requirement.specifier)
+    required = [Requirement(line) for line in metadata.requires if 'extra ==' in line]
+    required = [each for each in required if each.name != 'mmvig']
+    assert {'onnx', 'onnxruntime', 'onnxscript'} <= {each.name for each in required}
+    wrong = [str(each) for each in required for v in pinned.get(each.name, ['']) if v not in each.specifier]
+    assert wrong == []
 
 
 def test_metadata_has_the_version_of_the_package_and_only_torch_as_requirement(wheel):
