@@ -232,8 +232,9 @@ def imagenet(tmp_path_factory):
         (root / split).mkdir()
         lines = []
         for i, size in enumerate([(301, 400), (260, 270), (430, 300), (96, 64)]):
-            coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-            image = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
+            # Noise, which every way to resize treats otherwise, over patches.
+            patches = cv2.resize(generator.uniform(50, 205, (6, 8, 3)), size[::-1])
+            image = (patches + generator.uniform(-50, 50, (*size, 3))).astype(np.uint8)
             cv2.imwrite(str(root / split / f'{i}.png'), image)
             lines.append(f'{i}.png {i}\n')
         (root / f'meta/{split}.txt').write_text(''.join(lines))
@@ -319,7 +320,7 @@ def test_official_file_by_the_test_tool(tmp_path, imagenet):
     assert (metrics['accuracy/top1'], metrics['accuracy/top5']) == (75.0, 75.0)
     found = pickle.loads((tmp_path / 'found.pkl').read_bytes())
     scores = torch.stack([sample['pred_score'] for sample in found])
-    torch.testing.assert_close(scores, logits.softmax(1), rtol=0.02, atol=1e-4)
+    torch.testing.assert_close(scores, logits.softmax(1), rtol=1e-3, atol=1e-6)
     assert [sample['pred_label'].item() for sample in found] == expected
     assert len(list((tmp_path / 'shown').glob('*.png'))) == 4
 
