@@ -354,7 +354,7 @@ def test_operators_on_cuda_agree_with_the_cpu(dtype):
     weight = torch.randn(60, 3, 3, 2).to(dtype)
     results = []
     for device in ('cpu', 'cuda'):
-        local = features.to(device).requires_grad_()
+        local = features.to(device).detach().requires_grad_()
         with torch.autocast('cuda', enabled=dtype == torch.float16):
             pooled = roi_align(local, rois.to(device))
         pooled.backward(weight.to(device))
