@@ -145,7 +145,7 @@ def build_runner(cfg: Config) -> Runner:
     return Runner.from_cfg(cfg)
 
 
-def load_strictly(model: nn.Module, checkpoint: str) -> None:
+def load_strictly(model: nn.Module, checkpoint: str, prefix: str | None = '') -> None:
     """Load a checkpoint file that must fit the model exactly; no code in it is run (``weights_only=True``).
 
     Official files go into our backbones and, as classification models, into mmpretrain's ImageClassifier.
@@ -153,6 +153,8 @@ def load_strictly(model: nn.Module, checkpoint: str) -> None:
     Args:
         model: any model, also within DDP or test-time augmentation.
         checkpoint: a path, or an http(s) URL.
+        prefix: of the keys to load, see :func:`mmvig.checkpoints.read`; None where the model is any
+            backbone, be the checkpoint its own or a whole model's. Default: '', all keys.
 
     Raises:
         SetupError: It is missing, cannot be read, or has missing, unexpected or mis-shaped keys.
@@ -160,7 +162,7 @@ def load_strictly(model: nn.Module, checkpoint: str) -> None:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     try:
-        model.load_state_dict(checkpoints.read(checkpoint, prefix=''))
+        model.load_state_dict(checkpoints.read(checkpoint, prefix))
     except (OSError, RuntimeError) as error:
         reason = '; '.join(line.strip() for line in str(error).splitlines())
         reason = textwrap.shorten(reason, 400, placeholder=' ...')
