@@ -15,9 +15,9 @@ from mmvig.ops.bigla.triton import plan
 
 
 def compile_for(capability: int, name: str, constants: dict) -> int:
-    constants = dict(constants)
-    kernel, warps = getattr(kernels, name), constants.pop('num_warps')
-    types = {'p_decay': '*fp32', 'p_strong': '*u8', 'scale': 'fp32', 'inv': 'fp32'}
+    kernel, constants = getattr(kernels, name), dict(constants)
+    options = {option: constants.pop(option) for option in ('num_warps', 'num_stages')}
+    types = {'p_sum': '*fp32', 'p_table': '*fp16', 'p_mask': '*i16', 'scale': 'fp32', 'inv': 'fp32'}
     signature = {}
     for argument in kernel.arg_names:
         default = '*bf16' if argument.startswith('p_') else 'i32'
@@ -26,20 +26,20 @@ def compile_for(capability: int, name: str, constants: dict) -> int:
         (i,): [['tt.divisibility', 16]] for i, x in enumerate(signature.values()) if x.startswith('*')
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    options = {'num_warps': warps, 'num_stages': 1}
     return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options).metadata.shared
 
 
 def main() -> None:
     p = plan(16, 32, torch.bfloat16)
+    shared = {'UNIT': 8, 'SAME': True}
     launches = [
-        ('states_kernel', {**p['states'], 'NC': 1, 'UNIT': 8, 'BACKWARD': True}),
-        ('scan_kernel', {**p['scan'], 'BW': 2, 'BR': 8, 'num_warps': 1}),
+        ('states_kernel', {**p['states'], **shared, 'NC': 1, 'BACKWARD': True}),
+        ('scan_kernel', {**p['scan'], 'NC': 1, 'BW': 2, 'BR': 8, 'num_warps': 1, 'num_stages': 1}),
     ]
     for strong in (False, True):
-        shared = {'UNIT': 8, 'STRONG': strong, 'GROUP': 16}
-        launches.append(('output_kernel', {**p['output'], 'NC': 1, 'SWAP': False, **shared}))
-        launches.append(('gradient_kernel', {**p['gradient'], **shared}))
+        form = {**shared, 'STRONG': strong, 'GROUP': 16}
+        launches.append(('output_kernel', {**p['output'], 'NC': 1, 'ALONE': False, 'SWAP': False, **form}))
+        launches.append(('gradient_kernel', {**p['gradient'], **form}))
     for name, constants in launches:
         print(name, compile_for(int(sys.argv[1]), name, constants), flush=True)
 

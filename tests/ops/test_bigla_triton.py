@@ -259,7 +259,7 @@ except ValueError as error:
 @pytest.mark.skipif(ON_GPU, reason='the offline compiler takes minutes; the sweep compiles for this GPU')
 @pytest.mark.parametrize('capability', [80, 89, 100])
 def test_kernels_fit_other_gpus(capability):
-    """Compiled without a GPU: shared memory within the default 48 KB, and a kernel for each launch."""
+    """Compiled without a GPU: within what any of them gives a program, and a kernel for each launch."""
     done = subprocess.run(
         [sys.executable, os.path.join(os.path.dirname(__file__), 'compile_bigla.py'), str(capability)],
         env={k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'},
@@ -268,7 +268,7 @@ def test_kernels_fit_other_gpus(capability):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = [int(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(shared) == 6 and max(shared) <= 48 * 1024, done.stdout
+    assert len(shared) == 6 and max(shared) <= 99 * 1024, done.stdout
 
 
 # On a GPU from here on.

@@ -2,10 +2,12 @@
 
     python tools/benchmark/bigla.py                          # all shapes, bf16, on the GPU
     python tools/benchmark/bigla.py --shapes 'det 1' --dtype fp16 --peers ''
+    python tools/benchmark/bigla.py --graph --peers sdpa     # without the time that launching takes
     python tools/benchmark/bigla.py --growth                 # time a token from 4,096 to 1,048,576 tokens
 
 The floor is the time to read every input and write every output once, at the bandwidth of a large copy.
-Times are medians; the L2 cache is flushed before each run on a GPU. Writes bigla.json and bigla.png.
+Times are medians; the L2 cache is flushed before each run on a GPU, not before replays of a CUDA graph.
+Writes bigla.json and bigla.png.
 """
 
 import argparse
@@ -87,11 +89,13 @@ def candidates(backends: list[str], peers: list[str]) -> dict[str, Callable]:
     return functions
 
 
-def measure(function: Callable[[], object], device: str) -> float:
-    """Median seconds of a call."""
+def measure(function: Callable[[], object], device: str, graph: bool = False) -> float:
+    """Median seconds of a call, or of its replay as a CUDA graph."""
     if device == 'cuda':
-        from triton.testing import do_bench
+        from triton.testing import do_bench, do_bench_cudagraph
 
+        if graph:
+            return do_bench_cudagraph(function, rep=50, return_mode='median') / 1e3
         return do_bench(function, warmup=25, rep=150, return_mode='median') / 1e3
     return Timer('function()', globals={'function': function}).blocked_autorange(min_run_time=0.05).median
 
@@ -115,7 +119,7 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / measure(lambda: target.copy_(source), device)
 
 
-def benchmark(function: Callable, inputs: list[Tensor], floors: tuple[float, float]) -> dict:
+def benchmark(function: Callable, inputs: list[Tensor], floors: tuple[float, float], graph: bool) -> dict:
     """Seconds, factors over the floors and peak memory: a forward pass, and a forward and backward pass."""
     device = inputs[0].device.type
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -131,13 +135,15 @@ def benchmark(function: Callable, inputs: list[Tensor], floors: tuple[float, flo
     row = {}
     for step, floor in zip((forward, training), floors, strict=True):
         key = step.__name__
-        row[key] = measure(step, device)
+        row[key] = measure(step, device, graph)
         row[f'{key}_factor'] = row[key] / floor
         row[f'{key}_memory'] = peak_memory(step, device)
     return row
 
 
-def run(shape: tuple[int, ...], dtype: torch.dtype, device: str, functions: dict, bandwidth: float) -> dict:
+def run(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, functions: dict, bandwidth: float, graph: bool
+) -> dict:
     """All candidates at one shape."""
     batch, heads, tokens, key, value = shape
     inputs = make_inputs(shape, dtype, device)
@@ -158,7 +164,7 @@ def run(shape: tuple[int, ...], dtype: torch.dtype, device: str, functions: dict
             row['error'] = (error / expected.abs().max()).item()
             row['wrong'] = not row['error'] <= TOLERANCE[dtype]
         if not row.get('wrong'):
-            row |= benchmark(function, inputs, floors)
+            row |= benchmark(function, inputs, floors, graph)
         result['rows'].append(row)
     return result
 
@@ -222,6 +228,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--growth', action='store_true', help='sequence lengths from 4,096 to 1,048,576 instead'
     )
+    parser.add_argument('--graph', action='store_true', help='replay each call as a CUDA graph')
     parser.add_argument('--dtype', choices=DTYPES, default='bf16')
     parser.add_argument('--backends', nargs='*', default=['triton', 'chunked'], choices=BACKENDS)
     parser.add_argument(
@@ -253,20 +260,24 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    if args.graph and args.device != 'cuda':
+        sys.exit('--graph needs a CUDA device')
     names = list(GROWTH) if args.growth else args.shapes or list(SHAPES)
     shapes = {name: GROWTH[name] if args.growth else parse_shape(name) for name in names}
     bandwidth = statistics.median(copy_bandwidth(args.device) for _ in range(3))
     machine = machine_name(args.device)
     print(f'{machine}, torch {torch.__version__}, {args.dtype}, copy bandwidth {bandwidth / 1e12:.2f} TB/s')
     functions = candidates(args.backends, args.peers)
-    results = {}
-    for name, shape in shapes.items():
-        results[name] = run(shape, DTYPES[args.dtype], args.device, functions, bandwidth)
-        show(name, results[name])
-    args.out.mkdir(parents=True, exist_ok=True)
     report = {'machine': machine, 'torch': torch.__version__, 'dtype': args.dtype, 'bandwidth': bandwidth}
-    (args.out / 'bigla.json').write_text(json.dumps({**report, 'results': results}, indent=1) + '\n')
-    plot(results, args.out / 'bigla.png')
+    report |= {'graph': args.graph, 'results': {}}
+    results = report['results']
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, shape in shapes.items():
+        results[name] = run(shape, DTYPES[args.dtype], args.device, functions, bandwidth, args.graph)
+        show(name, results[name])
+        # After each shape, so that a run that is cut off has not been for nothing.
+        (args.out / 'bigla.json').write_text(json.dumps(report, indent=1) + '\n')
+        plot(results, args.out / 'bigla.png')
     print(f'\n{args.out / "bigla.json"}\n{args.out / "bigla.png"}')
     if any(row.get('wrong') for result in results.values() for row in result['rows']):
         sys.exit('some results are wrong: their times are not reported')

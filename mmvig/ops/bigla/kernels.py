@@ -1,29 +1,70 @@
 """Triton kernels of BiGLA; README.md beside this file derives them, triton.py launches them.
 
 Sizes: N tokens, H heads, K and V head widths, BT tokens of a chunk, NC chunks of a segment, BK, BV blocks
-of widths. Strides s_ come in units of UNIT elements. What depends on gates is a tile [BT // R, R, BK] of
-runs of R neighbouring tokens: loads put a run's tokens in one thread's registers, where a running sum costs
-one addition a token.
+of widths, CH chunks (states_kernel: segments) of a program. Grids are (runs of CH, heads and blocks of V,
+images). Strides s_ come in units of UNIT elements; SAME: k has q's strides and the gates have each other's,
+and so have their gradients. Sums over tokens are products with constant tables, so that tiles [BT, BK]
+stay in the layout of the tensor cores.
 
 All exponents are in base 2; `inv` is 1 / gate_normalizer. MODE is the precision of a product of matrices:
-'bf16', 'tf32' or 'tf32x3', always with float32 accumulation. EXACT marks float32 inputs.
+'bf16', 'tf32' or 'tf32x3', always with float32 accumulation; float32 inputs have 'tf32x3'.
 """
+
+import os
 
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 LOG2E = tl.constexpr(1.4426950408889634)
 # Largest sum of |log2 decay| over a chunk for the factored form: its factors stay within 2^(+-SPAN / 2), so
 # that inputs up to 2^30 do not overflow.
 SPAN = tl.constexpr(180.0)
+# Numbers of the tables [BT, BT] that sum a tile over tokens, as table @ tile.
+BALANCED = tl.constexpr(0)  # +1/2 up to the row's token, -1/2 after it
+UP_TO = tl.constexpr(1)  # 1 up to the row's token
+AFTER = tl.constexpr(2)  # 1 after the row's token; in the last row, where that is nothing, everywhere
+BEFORE = tl.constexpr(3)  # 1 before the row's token; in the first row, where that is nothing, everywhere
 
 
 @triton.jit
-def log2_sigmoid(x, EXACT: tl.constexpr):
-    """log2(sigmoid(x)) of float32 logits without overflow; x = inf (padding) gives 0."""
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    # log2(1 + e) = e * P(e) on [0, 1], minimax in the relative error: 1.4e-6, or (EXACT) float32 rounding.
-    if EXACT:
+def exp2_minus(x):
+    """2^-x."""
+    if INTERPRETED:
+        return tl.exp2(-x)
+    else:  # Triton negates by a subtraction; as a part of the instruction it is free
+        return tl.inline_asm_elementwise(
+            '{ neg.f32 $0, $1; ex2.approx.ftz.f32 $0, $0; }', '=&f,f', [x], tl.float32, True, 1
+        )
+
+
+@triton.jit
+def exp2_minus_abs(x):
+    """2^-|x|."""
+    if INTERPRETED:
+        return tl.exp2(-tl.abs(x))
+    else:
+        return tl.inline_asm_elementwise(
+            '{ abs.f32 $0, $1; neg.f32 $0, $0; ex2.approx.ftz.f32 $0, $0; }',
+            '=&f,f', [x], tl.float32, True, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def log2(x):
+    """Base 2 logarithm of x from 1 to 2, with an absolute error of 2^-22."""
+    if INTERPRETED:
+        return tl.log2(x)
+    else:  # libdevice's is exact for tiny numbers too, at ten times the instructions
+        return tl.inline_asm_elementwise('lg2.approx.ftz.f32 $0, $1;', '=f,f', [x], tl.float32, True, 1)
+
+
+@triton.jit
+def log2_sigmoid(x, MODE: tl.constexpr):
+    """log2(sigmoid(x / log2 e)) without overflow; x = inf (padding) gives 0."""
+    e = exp2_minus_abs(x)
+    if MODE == 'tf32x3':
+        # log2(1 + e) = e * P(e) on [0, 1], minimax in the relative error: float32 rounding.
         p = e * 0.007549245673541441 - 0.04256731714321047
         p = e * p + 0.11285660997282833
         p = e * p - 0.19711932442780655
@@ -32,230 +73,326 @@ def log2_sigmoid(x, EXACT: tl.constexpr):
         p = e * p + 0.4806929627347839
         p = e * p - 0.7213402082687197
         p = e * p + 1.4426949974364294
+        return tl.minimum(x, 0.0) - e * p
     else:
-        p = e * 0.020401374404640373 - 0.09579812014615048
-        p = e * p + 0.21528519407813626
-        p = e * p - 0.3390893687699849
-        p = e * p + 0.4776684594420525
-        p = e * p - 0.7211594814407546
-        p = e * p + 1.4426932109820305
-    return tl.minimum(x, 0.0) * LOG2E - e * p
+        return tl.minimum(x, 0.0) - log2(1.0 + e)
 
 
 @triton.jit
-def rounded(x, MODE: tl.constexpr):
-    """What a product in MODE reads of float32 x, as float32."""
-    if MODE == 'bf16' or MODE == 'bf16 interpreted':
-        return x.to(tl.bfloat16).to(tl.float32)
-    elif MODE == 'tf32':
-        bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
-        return bits.to(tl.float32, bitcast=True)
+def nudged(x, MODE: tl.constexpr):
+    """Make x such that cutting it to MODE's digits rounds it, with an RMS error of 0.3 of the last digit.
+
+    Half a digit, added to the bits, would round better but turn NaN into a number.
+    """
+    if MODE == 'tf32':
+        return x * (1 + 0.7 / 2048)
+    elif MODE == 'bf16':
+        return x * (1 + 0.7 / 256)
     else:
         return x
 
 
 @triton.jit
-def product(a, b, MODE: tl.constexpr):
-    """Matrix product in MODE's precision."""
-    if MODE == 'bf16 interpreted':  # the interpreter has no bf16 product
-        return tl.dot(rounded(a.to(tl.float32), 'bf16'), rounded(b.to(tl.float32), 'bf16'))
-    elif MODE == 'bf16':
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+def rounded(x, MODE: tl.constexpr):
+    """What a product in MODE reads of float32 x, rounded to nearest, as float32."""
+    if MODE == 'tf32x3':
+        return x
     else:
-        # The hardware drops digits of tf32 operands; round them first.
-        return tl.dot(
-            rounded(a.to(tl.float32), MODE), rounded(b.to(tl.float32), MODE), input_precision=MODE
-        )
+        last: tl.constexpr = 0x8000 if MODE == 'bf16' else 0x1000
+        digits = (x.to(tl.uint32, bitcast=True) + last) & (0xFFFF0000 if MODE == 'bf16' else 0xFFFFE000)
+        return tl.where(x == x, digits.to(tl.float32, bitcast=True), x)  # the addition may end NaN
 
 
 @triton.jit
-def add_run(sum_a, before_a, sum_b, before_b):
-    """Two neighbours, a first, as one: the sum over both, and over what lies before the last."""
-    return sum_a + sum_b, sum_a + before_b
+def tf32_ready(x, MODE: tl.constexpr):
+    """What product(), which rounds to bf16 by itself but cuts to tf32, rounds x by."""
+    if MODE == 'tf32' and not INTERPRETED:  # which cuts nothing
+        return nudged(x, MODE)
+    else:
+        return x
 
 
 @triton.jit
-def prefix(x, REVERSE: tl.constexpr):
-    """Inclusive sums of a tile over the tokens up to each (REVERSE: from each on), and over all [BK].
+def cut(x, MODE: tl.constexpr):
+    """What a product in MODE reads of nudged float32 x, as float32."""
+    if MODE == 'tf32x3':
+        return x
+    else:
+        digits = x.to(tl.uint32, bitcast=True) & (0xFFFF0000 if MODE == 'bf16' else 0xFFFFE000)
+        return digits.to(tl.float32, bitcast=True)
 
-    The runs before are summed, not subtracted: no digit of a small sum is lost beside a large gate.
+
+@triton.jit
+def split(x, MODE: tl.constexpr):
+    """Return float32 x as two terms of twice as many digits as a product in MODE reads of one."""
+    if MODE == 'bf16' and not INTERPRETED:
+        high = x.to(tl.bfloat16)
+        return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+    else:
+        high = cut(x, MODE)
+        return high, x - high
+
+
+@triton.jit
+def product(a, b, acc, MODE: tl.constexpr):
+    """Add a @ b to acc in MODE's precision: rounds to bf16, cuts to tf32."""
+    if MODE == 'bf16':
+        a = a.to(tl.bfloat16)
+        b = b.to(tl.bfloat16)
+        if INTERPRETED:  # it has no bf16 product
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=MODE)
+
+
+@triton.jit
+def masked(x, mask, MODE: tl.constexpr):
+    """Keep x where mask (int16) is -1, and 0 where it is 0."""
+    if MODE == 'bf16' and not INTERPRETED:  # two elements an instruction
+        return tl.inline_asm_elementwise('and.b32 $0, $1, $2;', '=r,r,r', [x, mask], tl.bfloat16, True, 2)
+    else:
+        return tl.where(mask != 0, x, 0.0)
+
+
+@triton.jit
+def shuffled(x):
+    """Columns 0 1 2 .. 7 of each eight as 0 2 4 6 1 3 5 7.
+
+    That is how a tf32 product wants what another product left in a thread's registers; a sum over columns
+    does not mind, if both factors are shuffled.
     """
-    part = tl.sum(x, 1)
-    _, before = tl.associative_scan((part, tl.zeros_like(part)), 0, add_run, reverse=REVERSE)
-    return tl.cumsum(x, 1, reverse=REVERSE) + before[:, None, :], tl.sum(part, 0)
+    W: tl.constexpr = x.shape[1] // 8
+    x = tl.permute(tl.reshape(x, (x.shape[0], W, 4, 2)), (0, 1, 3, 2))
+    return tl.reshape(x, (x.shape[0], W * 8))
 
 
 @triton.jit
-def suffix(x, c, total, EXACT: tl.constexpr):
-    """Inclusive sums over the tokens from each on; c, total: prefix(x). Half precision may subtract."""
-    if EXACT:
-        return prefix(x, True)[0]
+def load_table(p_table, i: tl.constexpr, BT: tl.constexpr):
+    """Table number i, float16 [BT, BT]."""
+    o = tl.arange(0, BT)
+    return tl.load(p_table + i * BT * BT + (o[:, None] * BT + o[None, :]))
+
+
+@triton.jit
+def tile_sum(table, x, MODE: tl.constexpr):
+    """Sum log2 decays x [BT, BK] over tokens: table @ x.
+
+    float16 keeps 11 digits of each: an error of 2^-12 |x| in the exponent, so of at most 2^-12 * 0.4 in any
+    decay 2^x; half of a float16's last digit is kept by a second term where inputs are float16.
+    """
+    if MODE == 'tf32x3':
+        return tl.dot(table.to(tl.float32), x, input_precision='tf32x3')
     else:
-        return total[None, None, :] - (c - x)
+        high = x.to(tl.float16)
+        c = tl.dot(table, high)
+        if MODE == 'tf32':
+            c = tl.dot(table, (x - high.to(tl.float32)).to(tl.float16), c)
+        return c
 
 
 @triton.jit
-def flat(x):
-    """[W, R, BK] -> [BT, BK]."""
-    return tl.reshape(x, (x.shape[0] * x.shape[1], x.shape[2]))
+def running_sum(table, x, MODE: tl.constexpr):
+    """Sum any float32 x [BT, BK], in which large numbers may cancel, over tokens: table @ x."""
+    if MODE == 'tf32x3' or INTERPRETED:
+        return tl.dot(table.to(tl.float32), x, input_precision='tf32x3')
+    else:  # 16 digits of each, at any size
+        high = x.to(tl.bfloat16)
+        return tl.dot(table, (x - high.to(tl.float32)).to(tl.bfloat16), tl.dot(table, high))
 
 
 @triton.jit
 def load_tile(
-    p, i_c, N, s_n, D, other, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr
+    p, i_c, i_d, N, s_n, other, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr
 ):
-    """Chunk i_c of a [N, D] matrix as a float32 tile; `other` beyond the edges."""
-    PAIR: tl.constexpr = min(UNIT, 2)
-    o_t = (tl.arange(0, BT // R) * R)[:, None, None] + tl.arange(0, R)[None, :, None]
-    o_k = tl.arange(0, BK)[None, None, :]
+    """Columns i_d * BD on of chunk i_c of a [N, D] matrix: [BT, BD], `other` beyond the edges."""
+    o_t = tl.arange(0, BT)[:, None]
+    o_d = i_d * BD + tl.arange(0, BD)[None, :]
     s_n *= UNIT
-    # Said to be contiguous by two only: lanes then lie along channels and runs, a run in one thread.
-    off = tl.max_contiguous(tl.multiple_of(o_t * s_n + o_k, (1, 1, PAIR)), (1, 1, PAIR))
     p += s_n.to(tl.int64) * (i_c * BT)
-    return tl.load(p + off, mask=(i_c * BT + o_t < N) & (o_k < D), other=other).to(tl.float32)
+    mask = i_c * BT + o_t < N
+    if D % BD != 0:
+        mask &= o_d < D
+    return tl.load(p + (o_t * s_n + o_d), mask=mask, other=other)
 
 
 @triton.jit
 def store_tile(
-    p, x, i_c, N, s_n, D, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr
+    p, x, i_c, i_d, N, s_n, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr
 ):
-    """Write a tile as chunk i_c of a [N, D] matrix, in its dtype."""
-    PAIR: tl.constexpr = min(UNIT, 2)
-    o_t = (tl.arange(0, BT // R) * R)[:, None, None] + tl.arange(0, R)[None, :, None]
-    o_k = tl.arange(0, BK)[None, None, :]
-    s_n *= UNIT
-    off = tl.max_contiguous(tl.multiple_of(o_t * s_n + o_k, (1, 1, PAIR)), (1, 1, PAIR))
-    p += s_n.to(tl.int64) * (i_c * BT)
-    tl.store(p + off, x.to(p.dtype.element_ty), mask=(i_c * BT + o_t < N) & (o_k < D))
-
-
-@triton.jit
-def load_rows(p, i_c, i_v, N, s_n, D, BT: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr):
-    """Chunk i_c, columns i_v * BV on, of a [N, D] matrix: [BT, BV] in its dtype, zeros beyond the edges."""
+    """Write [BT, BD] as chunk i_c, columns i_d * BD on, of a [N, D] matrix, in its dtype."""
     o_t = tl.arange(0, BT)[:, None]
-    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    o_d = i_d * BD + tl.arange(0, BD)[None, :]
     s_n *= UNIT
     p += s_n.to(tl.int64) * (i_c * BT)
-    return tl.load(p + (o_t * s_n + o_v), mask=(i_c * BT + o_t < N) & (o_v < D), other=0.0)
+    mask = i_c * BT + o_t < N
+    if D % BD != 0:
+        mask &= o_d < D
+    tl.store(p + (o_t * s_n + o_d), x.to(p.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_rows(p, x, i_c, i_v, N, s_n, D, BT: tl.constexpr, BV: tl.constexpr, UNIT: tl.constexpr):
-    """Write [BT, BV] as chunk i_c, columns i_v * BV on, of a [N, D] matrix, in its dtype."""
-    o_t = tl.arange(0, BT)[:, None]
-    o_v = i_v * BV + tl.arange(0, BV)[None, :]
-    s_n *= UNIT
-    p += s_n.to(tl.int64) * (i_c * BT)
-    tl.store(p + (o_t * s_n + o_v), x.to(p.dtype.element_ty), mask=(i_c * BT + o_t < N) & (o_v < D))
+def load_gates(
+    p, i_c, N, s_n, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """log2(sigmoid(g)) of a chunk's gate logits [BT, BK], 0 beyond the edges; and g * log2(e)."""
+    g = load_tile(p, i_c, 0, N, s_n, float('inf'), K, BT, BK, UNIT).to(tl.float32) * LOG2E
+    return log2_sigmoid(g, MODE), g
 
 
 @triton.jit
-def state_block(i_state, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Where state number i_state, columns i_v * BV on, lies in [.., K, V]: offsets and mask [BK, BV]."""
+def load_state(p, i, there, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+):  # fmt: skip
+    """State number i, columns i_v * BV on, as float32 [BK, BV]; zeros unless `there`."""
+    o_k = tl.arange(0, BK)
+    if SHUFFLE:
+        o_k = o_k // 8 * 8 + o_k % 4 * 2 + o_k // 4 % 2
+    o_v = i_v * BV + tl.arange(0, BV)
+    off = i.to(tl.int64) * (K * V) + (o_k[:, None] * V + o_v[None, :])
+    mask = (o_k < K)[:, None] & (o_v < V)[None, :] & there
+    return tl.load(p + off, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_state(p, x, i, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Write state number i, columns i_v * BV on."""
     o_k = tl.arange(0, BK)[:, None]
     o_v = i_v * BV + tl.arange(0, BV)[None, :]
-    return i_state.to(tl.int64) * (K * V) + (o_k * V + o_v), (o_k < K) & (o_v < V)
+    off = i.to(tl.int64) * (K * V) + (o_k * V + o_v)
+    tl.store(p + off, x.to(p.dtype.element_ty), mask=(o_k < K) & (o_v < V))
 
 
 @triton.jit
-def load_state(
-    p, i_state, there, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
-):
-    """State number i_state, columns i_v * BV on, as float32 [BK, BV]; zeros unless `there`."""
-    off, m = state_block(i_state, i_v, K, V, BK, BV)
-    return tl.load(p + off, mask=m & there, other=0.0).to(tl.float32)
+def load_half_decay(p_sum, i, K: tl.constexpr, BK: tl.constexpr, SHUFFLE: tl.constexpr = False):
+    """2^(half the sum of log2 decays over chunk i), [BK]."""
+    o_k = tl.arange(0, BK)
+    if SHUFFLE:
+        o_k = o_k // 8 * 8 + o_k % 4 * 2 + o_k // 4 % 2
+    return tl.exp2(0.5 * tl.load(p_sum + i * K + o_k, mask=o_k < K, other=0.0))
 
 
 @triton.jit
-def store_state(p, x, i_state, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Write state number i_state, columns i_v * BV on."""
-    off, m = state_block(i_state, i_v, K, V, BK, BV)
-    tl.store(p + off, x.to(p.dtype.element_ty), mask=m)
+def store_sum(p_sum, x, i, row: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    """Write a row of x [BT, BK] as the sum of log2 decays over chunk i."""
+    o_t = tl.arange(0, BT)[:, None]
+    o_k = tl.arange(0, BK)[None, :]
+    tl.store(p_sum + i * K + (0 * o_t + o_k), x, mask=(o_t == row) & (o_k < K))
 
 
 @triton.jit
-def locate(i, N, H, BT: tl.constexpr, NC: tl.constexpr):
-    """Image, head and segment (NC chunks) of the i-th, heads fastest; how many segments; its state."""
-    n_segments = tl.cdiv(N, BT * NC)
-    i_h = i % H
-    i_s = (i // H) % n_segments
-    i_b = (i // H // n_segments).to(tl.int64)
-    return i_b, i_h.to(tl.int64), i_s, n_segments, (i_b * H + i_h) * n_segments + i_s
-
-
-@triton.jit
-def load_decays(p, i_c, N, s_n, inv, K: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
-                UNIT: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
-    """log2 decay of each token, tile; 0 beyond the edges."""
-    return log2_sigmoid(load_tile(p, i_c, N, s_n, K, float('inf'), BT, R, BK, UNIT), EXACT) * inv
+def any_strong(p_sum, i, n, every, K: tl.constexpr, BK: tl.constexpr, COUNT: tl.constexpr):
+    """Whether a channel of chunks i .. i + min(n, COUNT) - 1 decays by more than SPAN binary orders."""
+    o_k = tl.arange(0, BK)[None, :]
+    o_c = tl.arange(0, COUNT)[:, None]
+    p_sum += (i + o_c) * K + o_k
+    mask = (o_c < n) & (o_k < K)
+    both = tl.minimum(
+        tl.load(p_sum, mask=mask, other=0.0), tl.load(p_sum + every * K, mask=mask, other=0.0)
+    )
+    return tl.min(both) < -SPAN
 
 
 # Integers that differ from call to call: Triton must not compile a kernel for their values.
-INTS = ['N', 'NS', 'H', 'n_states', 'n_chunks', 's_qb', 's_qn', 's_qh', 's_kb', 's_kn', 's_kh', 's_vb',
-'s_vn', 's_vh',
-        's_fb', 's_fn', 's_fh', 's_bb', 's_bn', 's_bh', 's_ob', 's_on', 's_oh', 's_dqb', 's_dqn', 's_dqh',
-        's_dkb',
-        's_dkn', 's_dkh', 's_dfb', 's_dfn', 's_dfh', 's_dbb', 's_dbn', 's_dbh']  # fmt: skip
+INTS = [
+    *['N', 'H', 'CH', 'NS', 'n_states', 'n_chunks'],
+    *(f's_{x}{axis}' for x in ('q', 'k', 'v', 'f', 'b', 'o', 'dq', 'dk', 'df', 'db') for axis in 'bnh'),
+]
 
 
 @triton.jit(do_not_specialize=INTS)
 def states_kernel(
-    p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_decay, N, H, n_states,
+    p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_sum, p_table, N, H, n_states,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
-    s_oh,
-    scale, inv,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, NC: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, UNIT: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, BACKWARD: tl.constexpr,
+    s_oh, CH, scale, inv,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, NC: tl.constexpr,
+    BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """What each segment alone adds to the states that leave it, and its decays.
+    """What each segment alone adds to the states that leave it; each chunk's sums of log2 decays.
 
     state 0 = sum_s (decay from s to the segment's end * k_s) v_s^T      1: to its start, backward decay
     state 2 = sum_t (decay from the start to t * q_t) do_t^T, BACKWARD   3: from its end, backward decay
     """
-    i_b, i_h, i_s, _, i_state = locate(tl.program_id(0), N, H, BT, NC)
-    i_v = tl.program_id(1)
+    if SAME:
+        s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
+        s_bb, s_bn, s_bh = s_fb, s_fn, s_fh
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(1) % NV
+    i_h = (tl.program_id(1) // NV).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    i_bh = i_b * H + i_h
+    n_chunks = tl.cdiv(N, BT)
+    n_segments = tl.cdiv(n_chunks, NC)
+    every = tl.num_programs(2).to(tl.int64) * H * n_chunks
     p_q += (i_b * s_qb + i_h * s_qh) * UNIT
     p_k += (i_b * s_kb + i_h * s_kh) * UNIT
     p_v += (i_b * s_vb + i_h * s_vh) * UNIT
     p_f += (i_b * s_fb + i_h * s_fh) * UNIT
     p_b += (i_b * s_bb + i_h * s_bh) * UNIT
     p_o += (i_b * s_ob + i_h * s_oh) * UNIT
-    s0 = tl.zeros((BK, BV), tl.float32)
-    s1 = tl.zeros((BK, BV), tl.float32)
-    s2 = tl.zeros((BK, BV), tl.float32)
-    s3 = tl.zeros((BK, BV), tl.float32)
-    sum_f = tl.zeros((BK,), tl.float32)
-    sum_b = tl.zeros((BK,), tl.float32)
-    for j in range(NC):
-        i_c = i_s * NC + j
-        lf = load_decays(p_f, i_c, N, s_fn, inv, K, BT, R, BK, UNIT, EXACT)
-        lb = load_decays(p_b, i_c, N, s_bn, inv, K, BT, R, BK, UNIT, EXACT)
-        k = load_tile(p_k, i_c, N, s_kn, K, 0.0, BT, R, BK, UNIT)
-        v = load_rows(p_v, i_c, i_v, N, s_vn, V, BT, BV, UNIT)
-        cf, total_f = prefix(lf, False)
-        cb, total_b = prefix(lb, False)
-        kf = flat(k * tl.exp2(suffix(lf, cf, total_f, EXACT) - lf))
-        kb = flat(k * tl.exp2(cb - lb))
-        s0 = tl.exp2(total_f)[:, None] * s0 + product(tl.trans(kf), v, MODE)  # [BK, BT] @ [BT, BV]
-        s1 += tl.exp2(sum_b)[:, None] * product(tl.trans(kb), v, MODE)
-        if BACKWARD:
-            q = load_tile(p_q, i_c, N, s_qn, K, 0.0, BT, R, BK, UNIT) * scale
-            do = load_rows(p_o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
-            qf = flat(q * tl.exp2(cf))
-            qb = flat(q * tl.exp2(suffix(lb, cb, total_b, EXACT)))
-            s2 += tl.exp2(sum_f)[:, None] * product(tl.trans(qf), do, MODE)
-            s3 = tl.exp2(total_b)[:, None] * s3 + product(tl.trans(qb), do, MODE)
-        sum_f += total_f
-        sum_b += total_b
-    store_state(p_state, s0, i_state, i_v, K, V, BK, BV)
-    store_state(p_state, s1, n_states + i_state, i_v, K, V, BK, BV)
+    p_sum += i_bh * n_chunks * K
+    row = tl.arange(0, BT)[:, None]
+    nothing = tl.zeros((BK, BV), tl.float32)
+    after = load_table(p_table, AFTER, BT)
+    before = load_table(p_table, BEFORE, BT)
     if BACKWARD:
-        store_state(p_state, s2, n_states * 2 + i_state, i_v, K, V, BK, BV)
-        store_state(p_state, s3, n_states * 3 + i_state, i_v, K, V, BK, BV)
-    if i_v == 0:
-        o_k = tl.arange(0, BK)
-        tl.store(p_decay + i_state * K + o_k, tl.exp2(sum_f), mask=o_k < K)
-        tl.store(p_decay + (n_states + i_state) * K + o_k, tl.exp2(sum_b), mask=o_k < K)
+        up_to = load_table(p_table, UP_TO, BT)
+    first = tl.program_id(0) * CH
+    for i_s in range(first, tl.minimum(first + CH, n_segments)):
+        s0 = nothing
+        s1 = nothing
+        s2 = nothing
+        s3 = nothing
+        decay_b = tl.full((BK,), 1.0, tl.float32)
+        decay_f = tl.full((BK,), 1.0, tl.float32)
+        for i_c in range(i_s * NC, i_s * NC + NC):
+            lf, _ = load_gates(p_f, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
+            lb, _ = load_gates(p_b, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
+            k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+            v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+            k = tf32_ready(k, PAIR_MODE)
+            lf *= inv
+            lb *= inv
+            cf = tile_sum(after, lf, MODE)
+            cb = tile_sum(before, lb, MODE)
+            if i_v == 0:  # noqa: SIM102  the two do not combine: Triton has no lazy `and`
+                if i_c < n_chunks:
+                    store_sum(p_sum, cf, i_c, BT - 1, K, BT, BK)
+                    store_sum(p_sum, cb, every + i_c, 0, K, BT, BK)
+            kf = k * tl.exp2(tl.where(row == BT - 1, 0.0, cf))  # decay from the token to the chunk's end
+            kb = k * tl.exp2(tl.where(row == 0, 0.0, cb))
+            if NC == 1:
+                s0 = product(tl.trans(kf), v, nothing, PAIR_MODE)  # [BK, BT] @ [BT, BV]
+                s1 = product(tl.trans(kb), v, nothing, PAIR_MODE)
+            else:
+                over_f = tl.exp2(tl.sum(tl.where(row == BT - 1, cf, 0.0), 0))
+                over_b = tl.exp2(tl.sum(tl.where(row == 0, cb, 0.0), 0))
+                s0 = product(tl.trans(kf), v, over_f[:, None] * s0, PAIR_MODE)
+                s1 += decay_b[:, None] * product(tl.trans(kb), v, nothing, PAIR_MODE)
+            if BACKWARD:
+                q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+                q = tf32_ready(q * scale, PAIR_MODE)
+                do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
+                qf = q * tl.exp2(tile_sum(up_to, lf, MODE))
+                qb = q * tl.exp2(tile_sum(tl.trans(up_to), lb, MODE))
+                if NC == 1:
+                    s2 = product(tl.trans(qf), do, nothing, PAIR_MODE)
+                    s3 = product(tl.trans(qb), do, nothing, PAIR_MODE)
+                else:
+                    s2 += decay_f[:, None] * product(tl.trans(qf), do, nothing, PAIR_MODE)
+                    s3 = product(tl.trans(qb), do, over_b[:, None] * s3, PAIR_MODE)
+            if NC > 1:
+                decay_f *= over_f
+                decay_b *= over_b
+        i_state = i_bh * n_segments + i_s
+        store_state(p_state, s0, i_state, i_v, K, V, BK, BV)
+        store_state(p_state, s1, n_states + i_state, i_v, K, V, BK, BV)
+        if BACKWARD:
+            store_state(p_state, s2, n_states * 2 + i_state, i_v, K, V, BK, BV)
+            store_state(p_state, s3, n_states * 3 + i_state, i_v, K, V, BK, BV)
 
 
 @triton.jit
@@ -271,16 +408,18 @@ def join_before(decay_a, state_a, part_a, before_a, decay_b, state_b, part_b, be
 
 
 @triton.jit(do_not_specialize=INTS)
-def scan_kernel(p_state, p_decay, NS, n_states, K: tl.constexpr, V: tl.constexpr, BW: tl.constexpr,
-    BR: tl.constexpr,
-                BV: tl.constexpr):  # fmt: skip
+def scan_kernel(
+    p_state, p_sum, NS, n_states, n_chunks,
+    K: tl.constexpr, V: tl.constexpr, NC: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
     """Turn what each segment adds to a state into the state that leaves it, in place; one row a program.
 
     States 0 and 3 run from the first segment to the last, 1 and 2 the other way; 0 and 2 with the forward
     decay. BW runs of BR segments at once: a run is summed in one thread's registers.
     """
-    i_k = tl.program_id(0)
-    i_bh = tl.program_id(1).to(tl.int64)
+    i_bh = tl.program_id(0).to(tl.int64)
+    i_k = tl.program_id(1)
     i_z = tl.program_id(2)
     reverse = (i_z == 1) | (i_z == 2)
     PAIR: tl.constexpr = 2 if V % 2 == 0 else 1
@@ -288,7 +427,7 @@ def scan_kernel(p_state, p_decay, NS, n_states, K: tl.constexpr, V: tl.constexpr
     o_r = tl.arange(0, BR)
     o_v = tl.arange(0, BV)
     p_state += (i_z * n_states.to(tl.int64) + i_bh * NS) * (K * V) + i_k * V
-    p_decay += ((i_z % 2) * n_states.to(tl.int64) + i_bh * NS) * K + i_k
+    p_sum += ((i_z % 2) * tl.num_programs(0).to(tl.int64) + i_bh) * n_chunks * K + i_k
     carry = tl.zeros((BV,), tl.float32)
     for i in range(0, NS, BW * BR):
         o_s = i + o_w[:, None] * BR + o_r[None, :]
@@ -298,8 +437,10 @@ def scan_kernel(p_state, p_decay, NS, n_states, K: tl.constexpr, V: tl.constexpr
         off = tl.max_contiguous(tl.multiple_of(off, (1, 1, PAIR)), (1, 1, PAIR))
         m3 = m[:, :, None] & (o_v < V)[None, None, :]
         state = tl.load(p_state + off, mask=m3, other=0.0).to(tl.float32)
-        decay = tl.load(p_decay + o_s * K, mask=m, other=1.0)
-        decay = tl.broadcast_to(decay[:, :, None], (BW, BR, BV))
+        decay = tl.load(p_sum + o_s * (NC * K), mask=m, other=0.0)
+        for j in tl.static_range(1, NC):
+            decay += tl.load(p_sum + (o_s * NC + j) * K, mask=m & (o_s * NC + j < n_chunks), other=0.0)
+        decay = tl.broadcast_to(tl.exp2(decay)[:, :, None], (BW, BR, BV))
         decay, state = tl.associative_scan((decay, state), 1, join)
         last = (o_r == BR - 1)[None, :, None]
         d = tl.sum(tl.where(last, decay, 0.0), 1)  # [BW, BV]
@@ -313,9 +454,20 @@ def scan_kernel(p_state, p_decay, NS, n_states, K: tl.constexpr, V: tl.constexpr
 
 
 @triton.jit
-def decay_sum(mask, ld):
-    """exp2 of sums over the tokens that a 0/1 matrix [BT, BT] picks: [BT, BK]."""
+def decay_over(mask, ld):
+    """exp2 of sums of log2 decays [BT, BK] over the tokens that a 0/1 matrix [BT, BT] picks."""
     return tl.exp2(tl.dot(mask.to(tl.float32), ld, input_precision='tf32x3'))
+
+
+@triton.jit
+def decay_to_ends(ld, BT: tl.constexpr, BACKWARD: tl.constexpr):
+    """Decay between where the direction enters the chunk and each token, and to where it leaves it."""
+    o = tl.arange(0, BT)
+    t, j = o[:, None], o[None, :]
+    if BACKWARD:
+        return decay_over(j >= t, ld), decay_over(j < t, ld)
+    else:
+        return decay_over(j <= t, ld), decay_over(j > t, ld)
 
 
 @triton.jit
@@ -333,19 +485,20 @@ def level_decays(z, ld, BT: tl.constexpr, BACKWARD: tl.constexpr):
     same = t // (2 * z) == j // (2 * z)
     if BACKWARD:
         mask = tl.where(second, (j >= middle) & (j < t), (j >= t) & (j < middle))
-        return (t // z) % 2 == 0, same, decay_sum(mask & same, ld)
+        return (t // z) % 2 == 0, same, decay_over(mask & same, ld)
     else:
         mask = tl.where(second, (j >= middle) & (j <= t), (j > t) & (j < middle))
-        return second, same, decay_sum(mask & same, ld)
+        return second, same, decay_over(mask & same, ld)
 
 
 @triton.jit
-def pairs(q, k, MODE: tl.constexpr, SWAP: tl.constexpr):
-    """All products q_t . k_s, [t, s] or (SWAP) [s, t]."""
-    if SWAP:
-        return product(k, tl.trans(q), MODE)
-    else:
-        return product(q, tl.trans(k), MODE)
+def pairs(x, y, MODE: tl.constexpr, SPLIT: tl.constexpr):
+    """All products x_t . y_s [t, s]; SPLIT: without rounding x."""
+    c = tl.zeros((x.shape[0], y.shape[0]), tl.float32)
+    if SPLIT:
+        x, low = split(x, MODE)
+        c = product(low, tl.trans(y), c, MODE)
+    return product(x, tl.trans(y), c, MODE)
 
 
 @triton.jit
@@ -355,294 +508,343 @@ def directions(af, ab, BT: tl.constexpr, SWAP: tl.constexpr):
     t, s = o[:, None], o[None, :]
     if SWAP:
         t, s = s, t
-    return tl.where(t > s, af, tl.where(t < s, ab, af + ab))
+    return tl.where(t >= s, af, ab) + tl.where(t == s, ab, 0.0)
 
 
 @triton.jit
-def pairs_by_levels(q, k, lf, lb, BT: tl.constexpr, MODE: tl.constexpr, SWAP: tl.constexpr):
-    """A[t, s] = q_t . (decay(t, s) * k_s) of both directions for any gates; q, k, ld [BT, BK]."""
+def pairs_by_levels(
+    x, y, lf, lb, BT: tl.constexpr, MODE: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr
+):
+    """All x_t . (decay(t, s) * y_s) of both directions for any gates; x are the queries, SWAP: the keys."""
     o = tl.arange(0, BT)
-    a = tl.where(o[:, None] == o[None, :], 2 * pairs(q, k, MODE, SWAP), 0.0)
+    a = tl.where(o[:, None] == o[None, :], 2 * pairs(x, y, MODE, SPLIT), 0.0)
     z = 1
     while z < BT:
-        asks, same, e = level_decays(z, lf, BT, False)
-        a_z = pairs(tl.where(asks, q * e, 0.0), tl.where(asks, 0.0, k * e), MODE, SWAP)
-        asks, same, e = level_decays(z, lb, BT, True)
-        a_z += pairs(tl.where(asks, q * e, 0.0), tl.where(asks, 0.0, k * e), MODE, SWAP)
-        a += tl.where(same, a_z, 0.0)
+        for i in tl.static_range(2):
+            asks, same, e = level_decays(z, lb if i else lf, BT, i == 1)
+            if SWAP:
+                asks = asks == 0
+            a_z = pairs(tl.where(asks, x * e, 0.0), tl.where(asks, 0.0, y * e), MODE, SPLIT)
+            a += tl.where(same, a_z, 0.0)
         z *= 2
     return a
 
 
 @triton.jit
-def output_chunk(
-    i, p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_strong, N, H, n_states,
+def states_at(
+    fwd, bwd, i_c, i_v, p_k, p_v, p_f, p_b, p_table, N, s_kn, s_vn, s_fn, s_bn, inv,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    UNIT: tl.constexpr, MODE: tl.constexpr, NC: tl.constexpr, SHUFFLE: tl.constexpr,
+):  # fmt: skip
+    """The states that enter chunk i_c, [BK, BV], from those that enter its segment."""
+    first = i_c // NC * NC
+    last = tl.minimum(first + NC, tl.cdiv(N, BT)) - 1
+    for j in range(first, i_c):
+        fwd = state_after(
+            fwd, j, i_v, p_k, p_v, p_f, p_table, N, s_kn, s_vn, s_fn, inv, K, V, BT, BK, BV, UNIT, MODE,
+            SHUFFLE, False,
+        )  # fmt: skip
+    for i in range(i_c, last):
+        bwd = state_after(
+            bwd, last + i_c - i, i_v, p_k, p_v, p_b, p_table, N, s_kn, s_vn, s_bn, inv, K, V, BT, BK, BV,
+            UNIT, MODE, SHUFFLE, True,
+        )  # fmt: skip
+    return fwd, bwd
+
+
+@triton.jit
+def state_after(
+    state, i_c, i_v, p_k, p_v, p_g, p_table, N, s_kn, s_vn, s_gn, inv,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    UNIT: tl.constexpr, MODE: tl.constexpr, SHUFFLE: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """A state [BK, BV] carried over chunk i_c in one direction."""
+    ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
+    c = tile_sum(load_table(p_table, BEFORE if BACKWARD else AFTER, BT), ld * inv, MODE)
+    whole = tl.arange(0, BT)[:, None] == (0 if BACKWARD else BT - 1)
+    k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+    k = tf32_ready(k * tl.exp2(tl.where(whole, 0.0, c)), MODE)
+    c = tl.where(whole, c, 0.0)
+    if SHUFFLE:
+        k = shuffled(k)
+        c = shuffled(c)
+    v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+    return product(tl.trans(k), v, tl.exp2(tl.sum(c, 0))[:, None] * state, MODE)
+
+
+@triton.jit(do_not_specialize=INTS)
+def output_kernel(
+    p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_sum, p_table, N, H, n_states,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
-    s_oh,
-    scale, inv,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, NC: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, UNIT: tl.constexpr, PAIR_MODE: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    SWAP: tl.constexpr, STRONG: tl.constexpr,
+    s_oh, CH, scale, inv,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, NC: tl.constexpr,
+    ALONE: tl.constexpr, SWAP: tl.constexpr, STRONG: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """o_t = the pairs within t's chunk + q_t decayed to the chunk's ends . the two states that enter it.
 
     SWAP: queries and keys change places, v is do and o is dv. NC > 1: the states that enter the segment are
-    carried on to the chunk. STRONG is for any gates; without it, chunks whose gates are too strong are
-    marked in p_strong.
+    carried on to the chunk. ALONE: each sequence is one chunk, which no state enters, and p_sum is written
+    here. STRONG: for any gates, and only chunks whose gates need it; CH is GROUP.
     """
-    i_b, i_h, i_c, n_chunks, _ = locate(i, N, H, BT, 1)
-    i_v = tl.program_id(1)
-    i_s = i_c // NC
-    NS = tl.cdiv(n_chunks, NC)
+    if SAME:
+        s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
+        s_bb, s_bn, s_bh = s_fb, s_fn, s_fh
+    EXACT: tl.constexpr = MODE == 'tf32x3'
+    SHUFFLE: tl.constexpr = PAIR_MODE == 'tf32' and not STRONG
+    SPLIT: tl.constexpr = MODE == 'tf32'  # float16 has as many digits as tf32
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(1) % NV
+    i_h = (tl.program_id(1) // NV).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    i_bh = i_b * H + i_h
+    n_chunks = tl.cdiv(N, BT)
+    n_segments = tl.cdiv(n_chunks, NC)
+    every = tl.num_programs(2).to(tl.int64) * H * n_chunks
     p_q += (i_b * s_qb + i_h * s_qh) * UNIT
     p_k += (i_b * s_kb + i_h * s_kh) * UNIT
     p_v += (i_b * s_vb + i_h * s_vh) * UNIT
     p_f += (i_b * s_fb + i_h * s_fh) * UNIT
     p_b += (i_b * s_bb + i_h * s_bh) * UNIT
     p_o += (i_b * s_ob + i_h * s_oh) * UNIT
-
-    # The states that enter the chunk: 0 from the left, 1 from the right; SWAP: 2 from the right, 3 from the
-    # left.
-    i_state = (i_b * H + i_h) * NS + i_s
-    if SWAP:
-        fwd = load_state(p_state, n_states * 2 + i_state + 1, i_s < NS - 1, i_v, K, V, BK, BV)
-        bwd = load_state(p_state, n_states * 3 + i_state - 1, i_s > 0, i_v, K, V, BK, BV)
-    else:
-        fwd = load_state(p_state, i_state - 1, i_s > 0, i_v, K, V, BK, BV)
-        bwd = load_state(p_state, n_states + i_state + 1, i_s < NS - 1, i_v, K, V, BK, BV)
-    if NC > 1:
-        first = i_s * NC
-        last = tl.minimum(first + NC, n_chunks) - 1
-        for j in range(first, i_c):
-            ld = load_decays(p_f, j, N, s_fn, inv, K, BT, R, BK, UNIT, EXACT)
-            c, total = prefix(ld, False)
-            k2 = load_tile(p_k, j, N, s_kn, K, 0.0, BT, R, BK, UNIT) * tl.exp2(
-                suffix(ld, c, total, EXACT) - ld
-            )
-            v2 = load_rows(p_v, j, i_v, N, s_vn, V, BT, BV, UNIT)
-            fwd = tl.exp2(total)[:, None] * fwd + product(tl.trans(flat(k2)), v2, MODE)
-        for i2 in range(i_c, last):
-            j = last + i_c - i2
-            ld = load_decays(p_b, j, N, s_bn, inv, K, BT, R, BK, UNIT, EXACT)
-            c, total = prefix(ld, False)
-            k2 = load_tile(p_k, j, N, s_kn, K, 0.0, BT, R, BK, UNIT) * tl.exp2(c - ld)
-            v2 = load_rows(p_v, j, i_v, N, s_vn, V, BT, BV, UNIT)
-            bwd = tl.exp2(total)[:, None] * bwd + product(tl.trans(flat(k2)), v2, MODE)
-
-    lf = load_decays(p_f, i_c, N, s_fn, inv, K, BT, R, BK, UNIT, EXACT)
-    lb = load_decays(p_b, i_c, N, s_bn, inv, K, BT, R, BK, UNIT, EXACT)
-    q = load_tile(p_q, i_c, N, s_qn, K, 0.0, BT, R, BK, UNIT) * scale
-    k = load_tile(p_k, i_c, N, s_kn, K, 0.0, BT, R, BK, UNIT)
-    v = load_rows(p_v, i_c, i_v, N, s_vn, V, BT, BV, UNIT)
-    cf, total_f = prefix(lf, False)
-    cb, total_b = prefix(lb, False)
-    if STRONG:
-        a = pairs_by_levels(flat(q), flat(k), flat(lf), flat(lb), BT, PAIR_MODE, SWAP)
-        if SWAP:
-            xf = flat(k * tl.exp2(prefix(lf, True)[0] - lf))
-            xb = flat(k * tl.exp2(cb - lb))
-        else:
-            xf = flat(q * tl.exp2(cf))
-            xb = flat(q * tl.exp2(prefix(lb, True)[0]))
-    else:
-        tl.store(p_strong + i, (-tl.minimum(tl.min(total_f), tl.min(total_b)) < SPAN) == 0)
-        half_f = 0.5 * total_f  # a reference in the chunk's middle
-        half_b = 0.5 * total_b
-        uf = cf - half_f[None, None, :]
-        ub = cb - lb - half_b[None, None, :]
-        qf = flat(q * tl.exp2(uf))
-        kf = flat(k * tl.exp2(-uf))
-        qb = flat(q * tl.exp2(-ub))
-        kb = flat(k * tl.exp2(ub))
-        a = directions(pairs(qf, kf, PAIR_MODE, SWAP), pairs(qb, kb, PAIR_MODE, SWAP), BT, SWAP)
-        fwd *= tl.exp2(half_f)[:, None]
-        bwd *= tl.exp2(half_b)[:, None]
-        if SWAP:
-            xf = kf
-            xb = kb
-        else:
-            xf = qf
-            xb = qb
-    o = product(a, v, MODE)
-    o += product(xf, fwd, PAIR_MODE)
-    o += product(xb, bwd, PAIR_MODE)
-    store_rows(p_o, o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
-
-
-@triton.jit(do_not_specialize=INTS)
-def output_kernel(
-    p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_strong, N, H, n_states, n_chunks,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
-    s_oh,
-    scale, inv,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, NC: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, UNIT: tl.constexpr, PAIR_MODE: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr,
-    SWAP: tl.constexpr, STRONG: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One chunk a program; STRONG: those among GROUP chunks that are marked."""
-    if STRONG:
-        o_i = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
-        if tl.max(tl.load(p_strong + o_i, mask=o_i < n_chunks, other=0).to(tl.int32)) > 0:
-            for j in range(GROUP):
-                i = tl.program_id(0) * GROUP + j
-                if i < n_chunks:  # noqa: SIM102  Triton evaluates both sides of `and`
-                    if tl.load(p_strong + i).to(tl.int32) > 0:
-                        output_chunk(
-                            i, p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_strong, N, H, n_states,
-                            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb,
-                            s_bn, s_bh,
-                            s_ob, s_on, s_oh, scale, inv, K, V, BT, R, NC, BK, BV, UNIT, PAIR_MODE, MODE,
-                            EXACT, SWAP,
-                            True,
-                        )  # fmt: skip
-    else:
-        output_chunk(
-            tl.program_id(0), p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_strong, N, H, n_states,
-            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh,
-            s_ob, s_on, s_oh,
-            scale, inv, K, V, BT, R, NC, BK, BV, UNIT, PAIR_MODE, MODE, EXACT, SWAP, False,
-        )  # fmt: skip
-
-
-@triton.jit
-def sigmoid_minus(x):
-    """sigmoid(-x) without overflow."""
-    e = tl.exp2(-tl.abs(x) * LOG2E)
-    return tl.where(x >= 0, e, 1.0) / (1.0 + e)
-
-
-@triton.jit
-def block_products(
-    p_v, p_o, p_state, i_c, i_v, i_ask, there_ask, i_key, there_key, N, s_vn, s_on,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    UNIT: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
-    """Sums over a block of V: do_t.v_s as [t, s] and [s, t], do and v with the entering states."""
-    v = load_rows(p_v, i_c, i_v, N, s_vn, V, BT, BV, UNIT)
-    do = load_rows(p_o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
-    state_q = load_state(p_state, i_ask, there_ask, i_v, K, V, BK, BV)
-    state_k = load_state(p_state, i_key, there_key, i_v, K, V, BK, BV)
-    da = product(do, tl.trans(v), MODE)
-    dat = product(v, tl.trans(do), MODE)  # a product of its own is cheaper than a transposition
-    xq = product(do, tl.trans(state_q), MODE)
-    xk = product(v, tl.trans(state_k), MODE)
-    return da, dat, xq, xk, tl.sum(state_q * state_k, 1)
+    p_sum += i_bh * n_chunks * K
+    if not STRONG:
+        table = load_table(p_table, BALANCED, BT)
+    first = tl.program_id(0) * CH
+    end = tl.minimum(first + CH, n_chunks)
+    if STRONG and not EXACT:  # noqa: SIM102  the first is known when this is compiled
+        if not any_strong(p_sum, first, end - first, every, K, BK, GROUP):
+            end = first
+    for i_c in range(first, end):
+        wanted = True
+        if STRONG and not EXACT:
+            wanted = any_strong(p_sum, i_c, 1, every, K, BK, 1)
+        if wanted:
+            if not ALONE:
+                # What enters: 0 from the left, 1 from the right; SWAP: 2 from the right, 3 from the left.
+                i_s = i_c // NC
+                i_state = i_bh * n_segments + i_s
+                left = i_s > 0
+                right = i_s < n_segments - 1
+                if SWAP:
+                    fwd = load_state(p_state, n_states * 2 + i_state + 1, right, i_v, K, V, BK, BV, SHUFFLE)
+                    bwd = load_state(p_state, n_states * 3 + i_state - 1, left, i_v, K, V, BK, BV, SHUFFLE)
+                else:
+                    fwd = load_state(p_state, i_state - 1, left, i_v, K, V, BK, BV, SHUFFLE)
+                    bwd = load_state(p_state, n_states + i_state + 1, right, i_v, K, V, BK, BV, SHUFFLE)
+                if not STRONG:
+                    half_f = load_half_decay(p_sum, i_c, K, BK, SHUFFLE)
+                    half_b = load_half_decay(p_sum, every + i_c, K, BK, SHUFFLE)
+            lf, _ = load_gates(p_f, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
+            lb, _ = load_gates(p_b, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
+            q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+            k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+            v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+            q *= scale
+            lf *= inv
+            lb *= inv
+            if SWAP:
+                x, y = k, q
+            else:
+                x, y = q, k
+            y = tf32_ready(y, PAIR_MODE)
+            if not SPLIT:
+                x = tf32_ready(x, PAIR_MODE)
+            if STRONG:
+                a = pairs_by_levels(x, y, lf, lb, BT, PAIR_MODE, SPLIT, SWAP)
+                in_f, out_f = decay_to_ends(lf, BT, False)
+                in_b, out_b = decay_to_ends(lb, BT, True)
+                if SWAP:
+                    in_f, in_b = out_f, out_b
+                xf = x * in_f
+                xb = x * in_b
+            else:
+                uf = tile_sum(table, lf, MODE)  # decays from the chunk's middle to the token
+                ub = tile_sum(tl.trans(table), lb, MODE)
+                if ALONE:  # noqa: SIM102  the first is known when this is compiled
+                    if i_v == 0:
+                        store_sum(p_sum, 2 * uf, i_c, BT - 1, K, BT, BK)
+                        store_sum(p_sum, 2 * ub, every + i_c, 0, K, BT, BK)
+                if SWAP:
+                    xf, yf = x * exp2_minus(uf), y * tl.exp2(uf)
+                    xb, yb = x * exp2_minus(ub), y * tl.exp2(ub)
+                else:
+                    xf, yf = x * tl.exp2(uf), y * exp2_minus(uf)
+                    xb, yb = x * tl.exp2(ub), y * exp2_minus(ub)
+                if SHUFFLE:
+                    xf, yf, xb, yb = shuffled(xf), shuffled(yf), shuffled(xb), shuffled(yb)
+                af, ab = pairs(xf, yf, PAIR_MODE, SPLIT), pairs(xb, yb, PAIR_MODE, SPLIT)
+                a = directions(af, ab, BT, SWAP)
+            if SPLIT:
+                xf, xb = tf32_ready(xf, PAIR_MODE), tf32_ready(xb, PAIR_MODE)
+            o = product(tf32_ready(a, MODE), v, tl.zeros((BT, BV), tl.float32), MODE)
+            if not ALONE:
+                if NC > 1:
+                    fwd, bwd = states_at(
+                        fwd, bwd, i_c, i_v, p_k, p_v, p_f, p_b, p_table, N, s_kn, s_vn, s_fn, s_bn, inv, K,
+                        V, BT, BK, BV, UNIT, MODE, NC, SHUFFLE,
+                    )  # fmt: skip
+                if not STRONG:
+                    fwd *= half_f[:, None]
+                    bwd *= half_b[:, None]
+                o = product(xf, tf32_ready(fwd, PAIR_MODE), o, PAIR_MODE)
+                o = product(xb, tf32_ready(bwd, PAIR_MODE), o, PAIR_MODE)
+            store_tile(p_o, o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
 
 
 @triton.jit
 def direction_gradients(
-    q, k, dq, dk, p_v, p_o, p_g, p_dg, p_state, i_c, i_ask, there_ask, i_key, there_key, N, s_vn, s_on,
-    s_gn, s_dgn, inv,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    UNIT: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, BACKWARD: tl.constexpr,
-    STRONG: tl.constexpr,
+    q, k, dq, dk, da, dat, p_v, p_o, p_g, p_dg, p_state, p_sum, table, up_to, p_mask, i_c, i_chunk, i_ask,
+    there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    UNIT: tl.constexpr, MODE: tl.constexpr, BACKWARD: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    """Add one direction's part to dq and dk (tiles), and write its gate's gradient.
+    """Add one direction's part to dq and dk [BT, BK], and write its gate's gradient.
 
-    A pair (t, s) adds p = do_t.v_s * q_t * decay * k_s to the log decay of every token between the two:
-    summed up as running sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the
-    pairs from outside it. Each p enters twice, from the same rounded factors, so that what must cancel
-    does.
+    da[t, s] = do_t . v_s in two terms, da and dat; STRONG: dat is the transpose instead. A pair (t, s) adds
+    p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two: summed up as running
+    sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from outside it.
+    Each p enters twice, from the same rounded factors, so that what must cancel does.
     """
-    W: tl.constexpr = BT // R
-    o = tl.arange(0, BT)
-    row, column = o[:, None], o[None, :]
-    g = load_tile(p_g, i_c, N, s_gn, K, float('inf'), BT, R, BK, UNIT)
-    ld = log2_sigmoid(g, EXACT) * inv
-    c, total = prefix(ld, False)
-    half = 0.5 * total
-
-    da, dat, xq, xk, across = block_products(
-        p_v, p_o, p_state, i_c, 0, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, K, V, BT, BK, BV,
-        UNIT, MODE,
-    )  # fmt: skip
-    if BV < V:
-        for i_v in range(1, tl.cdiv(V, BV)):
-            da_v, dat_v, xq_v, xk_v, across_v = block_products(
-                p_v, p_o, p_state, i_c, i_v, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, K, V, BT,
-                BK, BV, UNIT, MODE,
-            )  # fmt: skip
-            da += da_v
-            dat += dat_v
-            xq += xq_v
-            xk += xk_v
-            across += across_v
-    if BACKWARD:
-        da = tl.where(row < column, da, 0.0)
-        dat = tl.where(row > column, dat, 0.0)
-        u = c - ld - half[None, None, :]
-        u = -u
-    else:
-        da = tl.where(row > column, da, 0.0)
-        dat = tl.where(row < column, dat, 0.0)
-        u = c - half[None, None, :]
-    xq3 = tl.reshape(xq, (W, R, BK))
-    xk3 = tl.reshape(xk, (W, R, BK))
+    log_sigmoid, g = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
+    ld = log_sigmoid * inv
+    xq = tl.zeros((BT, BK), tl.float32)
+    xk = tl.zeros((BT, BK), tl.float32)
+    across = tl.zeros((BK,), tl.float32)
+    for i_v in range((V + BV - 1) // BV):
+        v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+        do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
+        ask = load_state(p_state, i_ask, there_ask, i_v, K, V, BK, BV, False)
+        key = load_state(p_state, i_key, there_key, i_v, K, V, BK, BV, False)
+        across += tl.sum(ask * key, 1)
+        xq = product(do, tl.trans(tf32_ready(ask, MODE)), xq, MODE)
+        xk = product(v, tl.trans(tf32_ready(key, MODE)), xk, MODE)
 
     if STRONG:
-        if BACKWARD:
-            to_q = tl.exp2(prefix(ld, True)[0])
-            to_k = tl.exp2(c - ld)
-        else:
-            to_q = tl.exp2(c)
-            to_k = tl.exp2(prefix(ld, True)[0] - ld)
-        kx = k * to_k * xk3
-        p = q * to_q * xq3 - kx
-        dq += to_q * xq3
-        dk += to_k * xk3
-        q2, k2, l2 = flat(q), flat(k), flat(ld)
-        dq2 = tl.zeros((BT, BK), tl.float32)
-        dk2 = tl.zeros((BT, BK), tl.float32)
-        p2 = tl.zeros((BT, BK), tl.float32)
+        across *= tl.exp2(tl.sum(ld, 0))
+        to_q, to_k = decay_to_ends(ld, BT, BACKWARD)
+        kx = k * to_k * xk
+        p = q * to_q * xq - kx
+        dq += to_q * xq
+        dk += to_k * xk
+        zero = tl.zeros((BT, BK), tl.float32)
         z = 1
         while z < BT:
-            asks, same, e = level_decays(z, l2, BT, BACKWARD)
-            q_z = rounded(tl.where(asks, q2 * e, 0.0), MODE)
-            k_z = rounded(tl.where(asks, 0.0, k2 * e), MODE)
-            dq_z = tl.where(asks, product(tl.where(same, da, 0.0), k_z, MODE), 0.0)
-            dk_z = tl.where(asks, 0.0, product(tl.where(same, dat, 0.0), q_z, MODE))
-            dq2 += e * dq_z
-            dk2 += e * dk_z
-            p2 += q_z * dq_z - k_z * dk_z
+            first, same, e = level_decays(z, ld, BT, BACKWARD)
+            q_z = rounded(tl.where(first, q * e, 0.0), MODE)
+            k_z = rounded(tl.where(first, 0.0, k * e), MODE)
+            dq_z = tl.where(first, product(tl.where(same, da, 0.0), k_z, zero, MODE), 0.0)
+            dk_z = tl.where(first, 0.0, product(tl.where(same, dat, 0.0), q_z, zero, MODE))
+            dq += e * dq_z
+            dk += e * dk_z
+            p += q_z * dq_z - k_z * dk_z
             z *= 2
-        dq += tl.reshape(dq2, (W, R, BK))
-        dk += tl.reshape(dk2, (W, R, BK))
-        p += tl.reshape(p2, (W, R, BK))
     else:
+        u = tile_sum(tl.trans(table) if BACKWARD else table, ld, MODE)
         eq = tl.exp2(u)
-        ek = tl.exp2(-u)
-        eh = tl.exp2(half)[None, None, :]
-        q_u = rounded(q * eq, MODE)
-        k_u = rounded(k * ek, MODE)
-        kx = k_u * (eh * xk3)
-        dq_u = tl.reshape(product(da, flat(k_u), MODE), (W, R, BK)) + eh * xq3
-        dk_u = tl.reshape(product(dat, flat(q_u), MODE), (W, R, BK)) + eh * xk3
+        ek = exp2_minus(u)
+        q_u = cut(q * eq, MODE)
+        k_u = cut(k * ek, MODE)
+        half = load_half_decay(p_sum, i_chunk, K, BK)
+        across *= half * half
+        xq *= half[None, :]
+        xk *= half[None, :]
+        kx = k_u * xk
+        mask = load_table(p_mask, BACKWARD, BT)
+        da = masked(da, mask, MODE)
+        dat = masked(dat, mask, MODE)
+        dq_u = product(da, k_u, product(dat, k_u, xq, MODE), MODE)
+        dk_u = product(tl.trans(da), q_u, product(tl.trans(dat), q_u, xk, MODE), MODE)
         p = q_u * dq_u - k_u * dk_u
         dq += eq * dq_u
         dk += ek * dk_u
 
-    across = tl.exp2(total) * across + tl.sum(tl.sum(kx, 1), 0)
-    c, total = prefix(p, False)
-    if not BACKWARD:
-        c = suffix(p, c, total, EXACT)
-    # From log decays to logits: d logsigmoid(g) = sigmoid(-g).
-    store_tile(
-        p_dg, (across[None, None, :] + c) * sigmoid_minus(g) * inv, i_c, N, s_dgn, K, BT, R, BK, UNIT
-    )
+    across += tl.sum(kx, 0)
+    c = running_sum(up_to if BACKWARD else tl.trans(up_to), p, MODE)
+    # From log decays to logits: d log sigmoid(g) = sigmoid(-g) = sigmoid(g) e^-g.
+    dg = (across[None, :] + c) * (tl.exp2(log_sigmoid - g) * inv)
+    store_tile(p_dg, dg, i_c, 0, N, s_dgn, K, BT, BK, UNIT)
     return dq, dk
 
 
 @triton.jit
 def gradient_chunk(
-    i, p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, N, H, n_states,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
-    s_oh,
-    s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dfb, s_dfn, s_dfh, s_dbb, s_dbn, s_dbh, scale, inv,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    UNIT: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, STRONG: tl.constexpr,
+    i_c, i_bh, every, n_chunks, p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, p_sum,
+    p_table, p_up_to, p_mask, N, n_states, s_qn, s_kn, s_vn, s_fn, s_bn, s_on, s_dqn, s_dkn, s_dfn, s_dbn,
+    scale, inv,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    UNIT: tl.constexpr, MODE: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and both gates' gradients of one chunk, from its inputs, do and the entering states."""
-    i_b, i_h, i_c, n_chunks, i_state = locate(i, N, H, BT, 1)
+    """dq, dk and both gates' gradients of one chunk."""
+    table = load_table(p_table, BALANCED, BT)
+    up_to = load_table(p_up_to, 0, BT)
+    da = tl.zeros((BT, BT), tl.float32)
+    dat = tl.zeros((BT, BT), tl.float32)
+    for i_v in range((V + BV - 1) // BV):
+        v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+        do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
+        da = product(do, tl.trans(v), da, MODE)
+        if STRONG:
+            dat = product(v, tl.trans(do), dat, MODE)
+    # A token's own pair counts in both directions, and no gate has a part in it.
+    o = tl.arange(0, BT)
+    twice = 2 * tl.sum(tl.where(o[:, None] == o[None, :], da, 0.0), 1)[:, None]
+    if STRONG:
+        da = tf32_ready(da, MODE)
+        dat = tf32_ready(dat, MODE)
+    else:
+        da, dat = split(da, MODE)
+    q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+    k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+    q *= scale
+    dq = twice * k
+    dk = twice * q
+    if not STRONG:
+        q = nudged(q, MODE)
+        k = nudged(k, MODE)
+    i_state = i_bh * n_chunks + i_c
+    left, right = i_c > 0, i_c < n_chunks - 1
+    dq, dk = direction_gradients(
+        q, k, dq, dk, da, dat, p_v, p_o, p_f, p_df, p_state, p_sum, table, up_to, p_mask, i_c, i_c,
+        i_state - 1, left, n_states * 2 + i_state + 1, right, N, s_vn, s_on, s_fn, s_dfn, inv,
+        K, V, BT, BK, BV, UNIT, MODE, False, STRONG,
+    )  # fmt: skip
+    dq, dk = direction_gradients(
+        q, k, dq, dk, da, dat, p_v, p_o, p_b, p_db, p_state, p_sum, table, up_to, p_mask, i_c, every + i_c,
+        n_states + i_state + 1, right, n_states * 3 + i_state - 1, left, N, s_vn, s_on, s_bn, s_dbn, inv,
+        K, V, BT, BK, BV, UNIT, MODE, True, STRONG,
+    )  # fmt: skip
+    store_tile(p_dq, dq * scale, i_c, 0, N, s_dqn, K, BT, BK, UNIT)
+    store_tile(p_dk, dk, i_c, 0, N, s_dkn, K, BT, BK, UNIT)
+
+
+@triton.jit(do_not_specialize=INTS)
+def gradient_kernel(
+    p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, p_sum, p_table, p_up_to, p_mask, N, H,
+    n_states,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
+    s_oh, s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dfb, s_dfn, s_dfh, s_dbb, s_dbn, s_dbh, CH, scale,
+    inv,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, STRONG: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and both gates' gradients from the inputs, do and the entering states.
+
+    STRONG: for any gates, and only chunks whose gates need it; CH is GROUP.
+    """
+    if SAME:
+        s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
+        s_bb, s_bn, s_bh = s_fb, s_fn, s_fh
+        s_dqb, s_dqn, s_dqh = s_qb, s_qn, s_qh
+        s_dkb, s_dkn, s_dkh = s_qb, s_qn, s_qh
+        s_dfb, s_dfn, s_dfh = s_fb, s_fn, s_fh
+        s_dbb, s_dbn, s_dbh = s_fb, s_fn, s_fh
+    EXACT: tl.constexpr = MODE == 'tf32x3'
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    i_bh = i_b * H + i_h
+    n_chunks = tl.cdiv(N, BT)
+    every = tl.num_programs(2).to(tl.int64) * H * n_chunks
     p_q += (i_b * s_qb + i_h * s_qh) * UNIT
     p_k += (i_b * s_kb + i_h * s_kh) * UNIT
     p_v += (i_b * s_vb + i_h * s_vh) * UNIT
@@ -653,63 +855,19 @@ def gradient_chunk(
     p_dk += (i_b * s_dkb + i_h * s_dkh) * UNIT
     p_df += (i_b * s_dfb + i_h * s_dfh) * UNIT
     p_db += (i_b * s_dbb + i_h * s_dbh) * UNIT
-    q = load_tile(p_q, i_c, N, s_qn, K, 0.0, BT, R, BK, UNIT) * scale
-    k = load_tile(p_k, i_c, N, s_kn, K, 0.0, BT, R, BK, UNIT)
-    # A token's own pair counts in both directions.
-    twice = tl.zeros((BT,), tl.float32)
-    for i_v in tl.static_range((V + BV - 1) // BV):
-        v = load_rows(p_v, i_c, i_v, N, s_vn, V, BT, BV, UNIT)
-        do = load_rows(p_o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
-        twice += 2 * tl.sum(v.to(tl.float32) * do.to(tl.float32), 1)
-    twice = tl.reshape(twice, (BT // R, R))
-    dq = twice[:, :, None] * k
-    dk = twice[:, :, None] * q
-    left, right = i_c > 0, i_c < n_chunks - 1
-    dq, dk = direction_gradients(
-        q, k, dq, dk, p_v, p_o, p_f, p_df, p_state, i_c, i_state - 1, left, n_states * 2 + i_state + 1,
-        right,
-        N, s_vn, s_on, s_fn, s_dfn, inv, K, V, BT, R, BK, BV, UNIT, MODE, EXACT, False, STRONG,
-    )  # fmt: skip
-    dq, dk = direction_gradients(
-        q, k, dq, dk, p_v, p_o, p_b, p_db, p_state, i_c, n_states + i_state + 1, right,
-        n_states * 3 + i_state - 1, left,
-        N, s_vn, s_on, s_bn, s_dbn, inv, K, V, BT, R, BK, BV, UNIT, MODE, EXACT, True, STRONG,
-    )  # fmt: skip
-    store_tile(p_dq, dq * scale, i_c, N, s_dqn, K, BT, R, BK, UNIT)
-    store_tile(p_dk, dk, i_c, N, s_dkn, K, BT, R, BK, UNIT)
-
-
-@triton.jit(do_not_specialize=INTS)
-def gradient_kernel(
-    p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, p_strong, N, H, n_states, n_chunks,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
-    s_oh,
-    s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dfb, s_dfn, s_dfh, s_dbb, s_dbn, s_dbh, scale, inv,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    UNIT: tl.constexpr, MODE: tl.constexpr, EXACT: tl.constexpr, STRONG: tl.constexpr,
-    GROUP: tl.constexpr,
-):  # fmt: skip
-    """One chunk a program; STRONG: those among GROUP chunks that are marked."""
-    if STRONG:
-        o_i = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
-        if tl.max(tl.load(p_strong + o_i, mask=o_i < n_chunks, other=0).to(tl.int32)) > 0:
-            for j in range(GROUP):
-                i = tl.program_id(0) * GROUP + j
-                if i < n_chunks:  # noqa: SIM102  Triton evaluates both sides of `and`
-                    if tl.load(p_strong + i).to(tl.int32) > 0:
-                        gradient_chunk(
-                            i, p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, N, H,
-                            n_states,
-                            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb,
-                            s_bn, s_bh,
-                            s_ob, s_on, s_oh, s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dfb, s_dfn, s_dfh,
-                            s_dbb, s_dbn, s_dbh, scale, inv, K, V, BT, R, BK, BV, UNIT, MODE, EXACT, True,
-                        )  # fmt: skip
-    else:
-        gradient_chunk(
-            tl.program_id(0), p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, N, H, n_states,
-            s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh,
-            s_ob, s_on, s_oh,
-            s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dfb, s_dfn, s_dfh, s_dbb, s_dbn, s_dbh, scale, inv,
-            K, V, BT, R, BK, BV, UNIT, MODE, EXACT, False,
-        )  # fmt: skip
+    p_sum += i_bh * n_chunks * K
+    first = tl.program_id(0) * CH
+    end = tl.minimum(first + CH, n_chunks)
+    if STRONG and not EXACT:  # noqa: SIM102  the first is known when this is compiled
+        if not any_strong(p_sum, first, end - first, every, K, BK, GROUP):
+            end = first
+    for i_c in range(first, end):
+        wanted = True
+        if STRONG and not EXACT:
+            wanted = any_strong(p_sum, i_c, 1, every, K, BK, 1)
+        if wanted:
+            gradient_chunk(
+                i_c, i_bh, every, n_chunks, p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state,
+                p_sum, p_table, p_up_to, p_mask, N, n_states, s_qn, s_kn, s_vn, s_fn, s_bn, s_on, s_dqn,
+                s_dkn, s_dfn, s_dbn, scale, inv, K, V, BT, BK, BV, UNIT, MODE, STRONG,
+            )  # fmt: skip

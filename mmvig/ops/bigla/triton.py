@@ -52,9 +52,6 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
         block_t = 16  # seams between chunks with few tokens
     block_v = min(block_v, 64 if block_k <= 64 else 32)
     mode = {torch.bfloat16: 'bf16', torch.float16: 'tf32', torch.float32: 'tf32x3'}[dtype]
-    if INTERPRETED and mode == 'bf16':
-        mode = 'bf16 interpreted'
-    pair_mode = 'tf32x3' if dtype == torch.float32 else 'tf32'
     state_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     # As many chunks a segment as keep its two states within a fifth of its inputs.
     state_bytes = 2 * key_dim * value_dim * state_dtype.itemsize
@@ -62,27 +59,48 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     chunks = 1
     while chunks < 8 and state_bytes > 0.2 * chunk_bytes * chunks:
         chunks *= 2
-    exact = dtype == torch.float32
-    states_width = {'R': 16, 'num_warps': 1} if block_k == 16 else {'R': 4, 'num_warps': 4}
-    blocks = {'K': key_dim, 'V': value_dim, 'BT': block_t, 'BK': block_k, 'BV': block_v, 'EXACT': exact}
+    blocks = {'K': key_dim, 'V': value_dim, 'BT': block_t, 'BK': block_k, 'BV': block_v, 'MODE': mode}
+    # Shorter chunks leave the gradients' kernel enough registers for two of its programs.
+    back = {**blocks, 'BT': min(block_t, 32)}
+    pair_mode = 'tf32x3' if dtype == torch.float32 else 'tf32'
+    half = dtype == torch.bfloat16
+    # Few warps with much to do each: they wait less for one another, and stages of loads hide the memory.
+    if block_k == 16:
+        warps = {'states': (1, 2), 'output': (4, 3) if half else (2, 2), 'dv': (1, 2), 'gradient': (2, 2)}
+    elif block_k == 32:
+        warps = {'states': (4, 1), 'output': (4, 1), 'dv': (2, 2), 'gradient': (2, 1)}
+    else:
+        warps = dict.fromkeys(('states', 'output', 'dv', 'gradient'), (4, 1))
+    warps = {
+        name: dict(zip(('num_warps', 'num_stages'), pair, strict=True)) for name, pair in warps.items()
+    }
     return {
-        'chunks': chunks,
+        'NC': chunks,
         'state_dtype': state_dtype,
-        'states': {**blocks, 'MODE': pair_mode, **states_width},
-        'output': {**blocks, 'PAIR_MODE': pair_mode, 'MODE': mode, 'R': 4, 'num_warps': 4},
-        # Two warps: with four, Triton 3.6 makes this kernel read wrong addresses on Hopper.
-        'gradient': {**blocks, 'MODE': mode, 'R': 4, 'num_warps': 2},
+        'states': {**blocks, 'PAIR_MODE': mode, **warps['states']},
+        'output': {**blocks, 'PAIR_MODE': pair_mode, **warps['output']},
+        'back_states': {**back, 'PAIR_MODE': pair_mode, **warps['states']},
+        'dv': {**back, 'PAIR_MODE': pair_mode, **warps['dv']},
+        'gradient': {**back, **warps['gradient']},
         'scan': {'K': key_dim, 'V': value_dim, 'BV': max(16, triton.next_power_of_2(value_dim))},
-        'exact': exact,
     }
 
 
-# Segments that the scan takes at once: few sequences are long, many are short.
-SCAN_SHORT = {'BW': 2, 'BR': 8, 'num_warps': 1}
-SCAN_LONG = {'BW': 16, 'BR': 16, 'num_warps': 8}
-SCAN_LIMIT = 64
+# Segments that the scan takes at once, by how many there are at most: few sequences are long.
+SCANS = {
+    64: {'BW': 2, 'BR': 8, 'num_warps': 1, 'num_stages': 1},
+    128: {'BW': 2, 'BR': 16, 'num_warps': 1, 'num_stages': 1},
+    float('inf'): {'BW': 8, 'BR': 16, 'num_warps': 4, 'num_stages': 1},
+}
 if INTERPRETED:
-    SCAN_SHORT = SCAN_LONG = {'BW': 2, 'BR': 2, 'num_warps': 1}
+    SCANS = {float('inf'): {'BW': 2, 'BR': 2, 'num_warps': 1, 'num_stages': 1}}
+# Chunks that a program looks through for those that need the form for strong gates.
+GROUP = 16
+# Programs of a multiprocessor that fill it, and the most chunks that one of more programs takes.
+FILL, MAX_RUN = 8, 8
+# Largest second and third size of a CUDA grid.
+MAX_GRID = 65535
+
 
 # Compiled kernels by what they were compiled for: Triton's own look-up takes longer than a small launch.
 _compiled: dict = {}
@@ -96,11 +114,46 @@ def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: dict) -> Non
         stream = torch._C._cuda_getCurrentRawStream(key[0].index)
         run(*grid, stream, function, metadata, None, None, None, *args, *values)
         return
-    compiled = kernel[grid](*args, **constants, num_stages=1)
+    compiled = kernel[grid](*args, **constants)
     if FAST_LAUNCH and key:
         values = [constants[name] for name in kernel.arg_names if name in constants]
         record = compiled.run, compiled.function, compiled.packed_metadata, values
         _compiled[(kernel.fn, key, *constants.values())] = record
+
+
+def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Constants of the kernels: tables [4, BT, BT], UP_TO in bf16, and masks of queries [2, BT, BT]."""
+    found = _tables.get((device, block_t))
+    if found:
+        return found
+    row = torch.arange(block_t, device=device)[:, None]
+    column = row.T
+    balanced = (column <= row).float() - 0.5
+    after = (column > row) | (row == block_t - 1)
+    before = (column < row) | (row == 0)
+    sums = torch.stack([balanced, column <= row, after, before]).to(torch.float16)
+    up_to = (column <= row).to(torch.float32 if INTERPRETED else torch.bfloat16)
+    masks = -torch.stack([column < row, column > row]).to(torch.int16)
+    found = sums, up_to, masks
+    if device.type == 'cuda':
+        if torch.cuda.is_current_stream_capturing():
+            return found  # this memory belongs to the graph
+        torch.cuda.current_stream(device).synchronize()  # other streams will read them
+    _tables[(device, block_t)] = found
+    return found
+
+
+_tables: dict = {}
+
+
+@functools.lru_cache(maxsize=4096)
+def run_length(n: int, sequences: int, device: torch.device) -> int:
+    """How many of a sequence's n chunks or segments a program takes, if programs are to fill the device."""
+    fill = FILL
+    if device.type == 'cuda':
+        fill *= torch.cuda.get_device_properties(device).multi_processor_count
+    runs = ceil_div(n, max(1, min(MAX_RUN, n * sequences // fill)))
+    return ceil_div(n, runs)
 
 
 def forward(
@@ -111,60 +164,73 @@ def forward(
     value_dim = v.shape[-1]
     if batch == 0:
         return
+    if batch > MAX_GRID:
+        for part in zip(*(x.split(MAX_GRID) for x in (q, k, v, gf, gb, o)), strict=True):
+            forward(*part[:5], scale, normalizer, part[5])
+        return
     p = plan(key_dim, value_dim, v.dtype)
-    chunks, block_t = p['chunks'], p['output']['BT']
-    inputs, unit, strides = address((q, k, v, gf, gb, o), block_t)
+    block_t = p['output']['BT']
+    inputs, unit, strides, same = address((q, k, v, gf, gb, o), block_t)
     common = (scale / 2, 1 / normalizer)
-    num_segments = ceil_div(num_tokens, block_t * chunks)
+    num_chunks = ceil_div(num_tokens, block_t)
+    num_segments = ceil_div(num_chunks, p['NC'])
     n_states = batch * heads * num_segments
     key = compile_key(v, gf, gb, unit, strides)
     with torch.cuda.device_of(q):
-        # Empty for a single segment, but of the dtype that kernels are compiled for.
-        several = num_segments > 1
-        state = v.new_empty(2, n_states if several else 0, key_dim, value_dim, dtype=p['state_dtype'])
-        if several:
-            make_states(inputs, state, num_segments, chunks, strides, common, unit, key, p)
-        n_chunks = batch * heads * ceil_div(num_tokens, block_t)
-        strong = v.new_empty(n_chunks, dtype=torch.uint8)
-        sizes = (num_tokens, heads, n_states, n_chunks)
-        pointers = (*inputs, state, strong)
-        constants = {'NC': chunks, 'UNIT': unit, 'SWAP': False}
-        blocks_v = ceil_div(value_dim, p['output']['BV'])
-        mild_then_strong(
-            kernels.output_kernel, key, n_chunks, (blocks_v,), (*pointers, *sizes, *strides, *common),
-            {**p['output'], **constants}, strong, p['exact'],
-        )  # fmt: skip
+        sums = v.new_empty(2, batch * heads * num_chunks, key_dim, dtype=torch.float32)
+        # Empty for a single chunk, but of the dtype that kernels are compiled for.
+        alone = num_chunks == 1
+        state = v.new_empty(2, 0 if alone else n_states, key_dim, value_dim, dtype=p['state_dtype'])
+        constants = {'UNIT': unit, 'SAME': same, 'NC': p['NC']}
+        if not alone:
+            make_states(
+                inputs, state, sums, num_chunks, strides, common, key, p['states'], p['scan'], constants
+            )
+        table = tables(v.device, block_t)[0]
+        arguments = (*inputs, state, sums, table, num_tokens, heads, n_states, *strides)
+        constants = {**p['output'], **constants, 'ALONE': alone, 'SWAP': False}
+        grid = heads * ceil_div(value_dim, p['output']['BV']), batch
+        mild_then_strong(kernels.output_kernel, key, num_chunks, grid, arguments, common, constants)
 
 
-def make_states(inputs, state, num_segments, chunks, strides, common, unit, key, p) -> None:
-    """Fill ``state [2 or 4, B * H * segments, K, V]`` with the states that leave each segment."""
-    _, num_tokens, heads, _ = inputs[0].shape
+def make_states(inputs, state, sums, num_chunks, strides, common, key, blocks, scan, constants) -> None:
+    """Fill ``state [2 or 4, B * H * segments, K, V]`` with what leaves each segment, and ``sums``."""
+    batch, num_tokens, heads, _ = inputs[0].shape
     kinds, n_states, key_dim, value_dim = state.shape
-    decay = state.new_empty(2, n_states, key_dim, dtype=torch.float32)
+    num_segments = n_states // (batch * heads)
+    blocks_v = ceil_div(value_dim, blocks['BV'])
+    run = run_length(num_segments, batch * heads * blocks_v, state.device)
+    table = tables(state.device, blocks['BT'])[0]
     launch(
-        kernels.states_kernel, key, (n_states, ceil_div(value_dim, p['states']['BV']), 1),
-        (*inputs, state, decay, num_tokens, heads, n_states, *strides, *common),
-        {**p['states'], 'NC': chunks, 'UNIT': unit, 'BACKWARD': kinds == 4},
+        kernels.states_kernel, key, (ceil_div(num_segments, run), heads * blocks_v, batch),
+        (*inputs, state, sums, table, num_tokens, heads, n_states, *strides, run, *common),
+        {**blocks, **constants, 'BACKWARD': kinds == 4},
     )  # fmt: skip
-    grid = (key_dim, n_states // num_segments, kinds)
-    width = SCAN_SHORT if num_segments <= SCAN_LIMIT else SCAN_LONG
-    launch(kernels.scan_kernel, key, grid, (state, decay, num_segments, n_states), {**p['scan'], **width})
+    width = next(width for most, width in SCANS.items() if num_segments <= most)
+    launch(
+        kernels.scan_kernel, key, (batch * heads, key_dim, kinds),
+        (state, sums, num_segments, n_states, num_chunks), {**scan, 'NC': constants['NC'], **width},
+    )  # fmt: skip
 
 
-def mild_then_strong(kernel, key, n_chunks, rest, args, constants, strong, exact) -> None:
-    """Run ``kernel`` in the factored form, then by levels on chunks it marked; all by levels if exact."""
-    if exact:
-        strong.fill_(1)
-        launch(kernel, key, (n_chunks, *rest, 1), args, {**constants, 'STRONG': True, 'GROUP': 1})
-    else:
-        launch(kernel, key, (n_chunks, *rest, 1), args, {**constants, 'STRONG': False, 'GROUP': 1})
+def mild_then_strong(kernel, key, num_chunks, grid, arguments, common, constants) -> None:
+    """Run ``kernel`` in the factored form, then by levels on chunks whose gates need it; all in float32."""
+    exact = constants['MODE'] == 'tf32x3'
+    if not exact:
+        device = arguments[0].device
+        run = run_length(num_chunks, grid[0] * grid[1], device)
         launch(
-            kernel,
-            key,
-            (ceil_div(n_chunks, 16), *rest, 1),
-            args,
-            {**constants, 'STRONG': True, 'GROUP': 16},
-        )
+            kernel, key, (ceil_div(num_chunks, run), *grid), (*arguments, run, *common),
+            {**constants, 'STRONG': False, 'GROUP': 1},
+        )  # fmt: skip
+    group = 1 if exact else GROUP
+    # No stages of loads, as it hardly waits for any. Two warps: with four, Triton 3.6 makes the output's
+    # kernel for K = 32 read wrong addresses on Hopper.
+    strong = {'num_warps': 2 if constants['BK'] == 32 else 4, 'num_stages': 1}
+    launch(
+        kernel, key, (ceil_div(num_chunks, group), *grid), (*arguments, group, *common),
+        {**constants, 'STRONG': True, 'GROUP': group, **strong},
+    )  # fmt: skip
 
 
 def backward(
@@ -183,37 +249,42 @@ def backward(
     value_dim = v.shape[-1]
     if batch == 0:
         return
+    if batch > MAX_GRID:
+        parts = zip(*(x.split(MAX_GRID) for x in (do, q, k, v, gf, gb, *grads)), strict=True)
+        for part in parts:
+            backward(*part[:6], scale, normalizer, part[6:])
+        return
     p = plan(key_dim, value_dim, v.dtype)
     block_t = p['gradient']['BT']
-    p = {**p, 'states': {**p['states'], 'BT': block_t}, 'swapped': {**p['output'], 'BT': block_t}}
-    (q, k, v, gf, gb, do, dq, dk, dv, dgf, dgb), unit, strides = address(
-        (q, k, v, gf, gb, do, *grads), block_t
-    )
+    tensors, unit, strides, same = address((q, k, v, gf, gb, do, *grads), block_t)
+    (q, k, v, gf, gb, do, dq, dk, dv, dgf, dgb) = tensors
     of_q, of_k, _, of_gf, of_gb, of_do, of_dq, of_dk, of_dv, of_dgf, of_dgb = batched(strides, 3)
     inputs = (q, k, v, gf, gb, do)
     common = (scale / 2, 1 / normalizer)
     num_chunks = ceil_div(num_tokens, block_t)
-    n_chunks = batch * heads * num_chunks
+    n_states = batch * heads * num_chunks
     key = compile_key(v, gf, gb, unit, strides)
     with torch.cuda.device_of(q):
-        several = num_chunks > 1
-        state = v.new_empty(4, n_chunks if several else 0, key_dim, value_dim, dtype=p['state_dtype'])
-        if several:
-            make_states(inputs, state, num_chunks, 1, strides[:18], common, unit, key, p)
-        strong = v.new_empty(n_chunks, dtype=torch.uint8)
-        sizes = (num_tokens, heads, n_chunks, n_chunks)
-        swapped = (q, k, do, gf, gb, dv)
-        mild_then_strong(
-            kernels.output_kernel, key, n_chunks, (ceil_div(value_dim, p['output']['BV']),),
-            (*swapped, state, strong, *sizes, *of_q, *of_k, *of_do, *of_gf, *of_gb, *of_dv, *common),
-            {**p['swapped'], 'NC': 1, 'UNIT': unit, 'SWAP': True}, strong, p['exact'],
+        sums = v.new_empty(2, n_states, key_dim, dtype=torch.float32)
+        state = v.new_empty(4, n_states, key_dim, value_dim, dtype=p['state_dtype'])
+        constants = {'UNIT': unit, 'SAME': same}
+        make_states(
+            inputs, state, sums, num_chunks, strides[:18], common, key, p['back_states'], p['scan'],
+            {**constants, 'NC': 1},
         )  # fmt: skip
-        outputs = (dq, dk, dgf, dgb)
+        table, up_to, masks = tables(v.device, block_t)
+        sizes = (num_tokens, heads, n_states)
         mild_then_strong(
-            kernels.gradient_kernel, key, n_chunks, (1,),
-            (*inputs, *outputs, state, strong, *sizes, *strides[:18],
-             *of_dq, *of_dk, *of_dgf, *of_dgb, *common),
-            {**p['gradient'], 'UNIT': unit}, strong, p['exact'],
+            kernels.output_kernel, key, num_chunks, (heads * ceil_div(value_dim, p['dv']['BV']), batch),
+            (q, k, do, gf, gb, dv, state, sums, table, *sizes, *of_q, *of_k, *of_do, *of_gf, *of_gb,
+             *of_dv),
+            common, {**p['dv'], **constants, 'NC': 1, 'ALONE': False, 'SWAP': True},
+        )  # fmt: skip
+        mild_then_strong(
+            kernels.gradient_kernel, key, num_chunks, (heads, batch),
+            (*inputs, dq, dk, dgf, dgb, state, sums, table, up_to, masks, *sizes, *strides[:18],
+             *of_dq, *of_dk, *of_dgf, *of_dgb),
+            common, {**p['gradient'], **constants},
         )  # fmt: skip
 
 
@@ -224,24 +295,25 @@ def compile_key(v: Tensor, gf: Tensor, gb: Tensor, unit: int, strides: tuple[int
     return v.device, v.dtype, gf.dtype, gb.dtype
 
 
-def address(tensors: tuple, block_t: int) -> tuple[tuple, int, tuple[int, ...]]:
+def address(tensors: tuple, block_t: int) -> tuple[tuple, int, tuple[int, ...], bool]:
     """The tensors (copied where a kernel cannot read them), their common unit, and their strides in units.
 
-    Strides are those of batch, token and head of each tensor, one after the other, as the kernels take
-    them.
+    ``tensors``: q, k, v, g_fwd, g_bwd, o or do, and gradients of the first five if there are any. Strides
+    are those of batch, token and head of each tensor, one after the other, as the kernels take them. Last,
+    whether q and k, g_fwd and g_bwd, and their gradients have the same strides.
     """
-    copies, unit, strides = layout(tuple((x.shape, x.stride()) for x in tensors), block_t)
+    copies, unit, strides, same = layout(tuple((x.shape, x.stride()) for x in tensors), block_t)
     if copies:
         tensors = tuple(x.contiguous() if i in copies else x for i, x in enumerate(tensors))
         return address(tensors, block_t)
     if unit > 1 and any(x.data_ptr() % 16 for x in tensors):
-        return tensors, 1, tuple(s * unit for s in strides)
-    return tensors, unit, strides
+        return tensors, 1, tuple(s * unit for s in strides), same
+    return tensors, unit, strides, same
 
 
 @functools.lru_cache(maxsize=4096)
-def layout(shapes_and_strides: tuple, block_t: int) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-    """Which tensors must be copied, the largest of 8, 2, 1 to divide all strides, and the strides in it."""
+def layout(shapes_and_strides: tuple, block_t: int) -> tuple[tuple[int, ...], int, tuple[int, ...], bool]:
+    """Which tensors must be copied, the largest of 8, 2, 1 to divide all strides, and as in address()."""
     copies = tuple(
         i
         for i, (shape, stride) in enumerate(shapes_and_strides)
@@ -253,7 +325,11 @@ def layout(shapes_and_strides: tuple, block_t: int) -> tuple[tuple[int, ...], in
         for s, n in zip(stride[:3], shape, strict=False)
     ]
     unit = next(unit for unit in (8, 2, 1) if all(s % unit == 0 for s in strides))
-    return copies, unit, tuple(s // unit for s in strides)
+    of_q, of_k, _, of_gf, of_gb, _, *of_grads = batched(strides, 3)
+    same = of_q == of_k and of_gf == of_gb
+    if of_grads:
+        same = same and of_q == of_grads[0] == of_grads[1] and of_gf == of_grads[3] == of_grads[4]
+    return copies, unit, tuple(s // unit for s in strides), same
 
 
 def batched(items: tuple, n: int) -> list[tuple]:
@@ -266,72 +342,75 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-@torch.library.custom_op('mmvig::bigla', mutates_args=())
-def bigla_op(
-    q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_bwd: Tensor, scale: float, normalizer: float
-) -> Tensor:
-    """:func:`mmvig.ops.bigla.bigla` by Triton, as a PyTorch operator; arguments already validated."""
+# torch.library.custom_op wraps each call in checks that take longer than the launches.
+_library = torch.library.Library('mmvig', 'FRAGMENT')
+
+
+def operator(schema: str, fake):
+    """Make a function the PyTorch operator ``mmvig::<schema>``; ``fake`` makes its empty results."""
+
+    def register(function):
+        name = schema.split('(')[0]
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(name, function, 'CompositeExplicitAutograd')
+        torch.library.register_fake(f'mmvig::{name}', fake, lib=_library)
+        return getattr(torch.ops.mmvig, name).default
+
+    return register
+
+
+def empty_like_each(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous tensors of the same shapes."""
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+INPUTS = 'Tensor q, Tensor k, Tensor v, Tensor g_fwd, Tensor g_bwd, float scale, float normalizer'
+
+
+@operator(f'bigla({INPUTS}) -> Tensor', lambda q, k, v, *rest: v.new_empty(v.shape))
+def bigla_op(q, k, v, g_fwd, g_bwd, scale, normalizer):
+    """:func:`mmvig.ops.bigla.bigla` by Triton; arguments are validated."""
     o = v.new_empty(v.shape)
     forward(q, k, v, g_fwd, g_bwd, scale, normalizer, o)
     return o
 
 
-@bigla_op.register_fake
-def _(q, k, v, g_fwd, g_bwd, scale, normalizer):
-    return v.new_empty(v.shape)
-
-
-@torch.library.custom_op('mmvig::bigla_backward', mutates_args=())
-def bigla_backward_op(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g_fwd: Tensor,
-    g_bwd: Tensor,
-    scale: float,
-    normalizer: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of :func:`bigla_op`, each contiguous."""
-    grads = tuple(x.new_empty(x.shape) for x in (q, k, v, g_fwd, g_bwd))
+@operator(
+    f'bigla_backward(Tensor do, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    lambda do, q, k, v, g_fwd, g_bwd, *rest: empty_like_each(q, k, v, g_fwd, g_bwd),
+)
+def bigla_backward_op(do, q, k, v, g_fwd, g_bwd, scale, normalizer):
+    """Gradients of :func:`bigla_op`."""
+    grads = empty_like_each(q, k, v, g_fwd, g_bwd)
     backward(do, q, k, v, g_fwd, g_bwd, scale, normalizer, grads)
     return grads
 
 
-@bigla_backward_op.register_fake
-def _(do, q, k, v, g_fwd, g_bwd, scale, normalizer):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, g_fwd, g_bwd))
+PACKED = 'Tensor qkv, Tensor gates, int num_heads, float scale, float normalizer'
 
 
-@torch.library.custom_op('mmvig::bigla_packed', mutates_args=())
-def bigla_packed_op(qkv: Tensor, gates: Tensor, num_heads: int, scale: float, normalizer: float) -> Tensor:
-    """:func:`mmvig.ops.bigla.bigla_packed` by Triton, as a PyTorch operator; arguments are validated."""
+@operator(
+    f'bigla_packed({PACKED}) -> Tensor',
+    lambda qkv, gates, *rest: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - gates.shape[2]),
+)
+def bigla_packed_op(qkv, gates, num_heads, scale, normalizer):
+    """:func:`mmvig.ops.bigla.bigla_packed` by Triton; arguments are validated."""
     views = unpack(qkv, gates, num_heads)
     o = qkv.new_empty(views[2].shape)
     forward(*views, scale, normalizer, o)
     return o.flatten(2)
 
 
-@bigla_packed_op.register_fake
-def _(qkv, gates, num_heads, scale, normalizer):
-    batch, num_tokens, channels = qkv.shape
-    return qkv.new_empty(batch, num_tokens, channels - gates.shape[-1])
-
-
-@torch.library.custom_op('mmvig::bigla_packed_backward', mutates_args=())
-def bigla_packed_backward_op(
-    do: Tensor, qkv: Tensor, gates: Tensor, num_heads: int, scale: float, normalizer: float
-) -> tuple[Tensor, Tensor]:
+@operator(
+    f'bigla_packed_backward(Tensor do, {PACKED}) -> (Tensor, Tensor)',
+    lambda do, qkv, gates, *rest: empty_like_each(qkv, gates),
+)
+def bigla_packed_backward_op(do, qkv, gates, num_heads, scale, normalizer):
     """Gradients of :func:`bigla_packed_op`, written side by side where a concatenation would put them."""
-    grads = qkv.new_empty(qkv.shape), gates.new_empty(gates.shape)
+    grads = empty_like_each(qkv, gates)
     do = do.unflatten(-1, (num_heads, -1))
     backward(do, *unpack(qkv, gates, num_heads), scale, normalizer, unpack(*grads, num_heads))
     return grads
-
-
-@bigla_packed_backward_op.register_fake
-def _(do, qkv, gates, num_heads, scale, normalizer):
-    return qkv.new_empty(qkv.shape), gates.new_empty(gates.shape)
 
 
 def _save(ctx, inputs, output):
@@ -351,7 +430,11 @@ def _no_second_derivative(ctx, *grads):
     raise RuntimeError("bigla's Triton backend has no second derivative; use backend='chunked' for one")
 
 
-bigla_op.register_autograd(_backward(bigla_backward_op), setup_context=_save)
-bigla_packed_op.register_autograd(_backward(bigla_packed_backward_op), setup_context=_save)
-bigla_backward_op.register_autograd(_no_second_derivative)
-bigla_packed_backward_op.register_autograd(_no_second_derivative)
+def _differentiate(name: str, backward_of, **options) -> None:
+    torch.library.register_autograd(f'mmvig::{name}', backward_of, lib=_library, **options)
+
+
+_differentiate('bigla', _backward(bigla_backward_op), setup_context=_save)
+_differentiate('bigla_packed', _backward(bigla_packed_backward_op), setup_context=_save)
+_differentiate('bigla_backward', _no_second_derivative)
+_differentiate('bigla_packed_backward', _no_second_derivative)
