@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvig.ops import bigla, bigla_packed
 from mmvig.ops.bigla import triton as backend
+from mmvig.ops.bigla import unpack
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if ON_GPU else 'cpu'  # where conftest.py has Triton interpret its kernels
@@ -37,7 +38,7 @@ def make_inputs(
         g = torch.full_like(g, -1000 if gates == 'closed' else 1000)
     elif gates == 'mixed':  # per token and channel, with ordinary gates between the extremes
         g = torch.where(g.abs() > 1, 1000 * g.sign(), g)
-    return backend.unpack(qkv.to(DEVICE, dtype), g.to(DEVICE, dtype), heads)
+    return unpack(qkv.to(DEVICE, dtype), g.to(DEVICE, dtype), heads)
 
 
 def run(inputs, name, seed=1):
@@ -132,12 +133,12 @@ def test_packed_is_the_same_with_gradients_side_by_side():
     qkv, gates = torch.randn(1, 20, 2 * 64, device=DEVICE), torch.randn(1, 20, 2 * 32, device=DEVICE)
     packed = [x.clone().requires_grad_() for x in (qkv, gates)]
     out = bigla_packed(*packed, 2, backend='triton')
-    views = backend.unpack(qkv, gates, 2)
+    views = unpack(qkv, gates, 2)
     expected = run(views, 'triton')
     assert torch.equal(out.detach(), expected[0].flatten(2))
     do = torch.randn(expected[0].shape, generator=torch.Generator().manual_seed(1)).to(out)
     grads = torch.autograd.grad(out, packed, do.flatten(2))
-    for a, e in zip(backend.unpack(*grads, 2), expected[1:], strict=True):
+    for a, e in zip(unpack(*grads, 2), expected[1:], strict=True):
         assert torch.equal(a, e)
     chunked = bigla_packed(qkv, gates, 2, backend='chunked')
     torch.testing.assert_close(out.detach(), chunked, rtol=0, atol=5e-6 * chunked.abs().max().item())

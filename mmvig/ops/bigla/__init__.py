@@ -4,6 +4,7 @@ Source: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated
 AAAI 2025 (arXiv 2405.18425), bidirectional gated linear attention.
 """
 
+import functools
 import logging
 import math
 
@@ -108,12 +109,18 @@ def bigla_packed(
             f'qkv and gates must be H * (2 K + V) and 2 * H * K wide with H = {num_heads}, '
             f'got {_shape(qkv)} and {_shape(gates)}'
         )
-    views = unpack(qkv, gates, num_heads)
     backend = _choose(backend, qkv, key_width // num_heads, value_width // num_heads)
     if backend != 'triton':
         options = {'scale': scale, 'gate_normalizer': gate_normalizer, 'backend': backend}
-        return bigla(*views, **options).flatten(2)
-    _check_tensors(*views)
+        return bigla(*unpack(qkv, gates, num_heads), **options).flatten(2)
+    if (
+        qkv.shape[:2] != gates.shape[:2]
+        or gates.dtype not in (qkv.dtype, torch.float32)
+        or not (qkv.shape[1] and qkv.device == gates.device and qkv.dtype in DTYPES)
+    ):
+        _check_tensors(
+            *unpack(qkv, gates, num_heads)
+        )  # names what disagrees; views take longer than a launch
     scale = _check_options(scale, gate_normalizer, key_width // num_heads)
     return torch.ops.mmvig.bigla_packed(qkv, gates, num_heads, scale, gate_normalizer)
 
@@ -152,6 +159,7 @@ def _choose(backend: str, x: Tensor, key_dim: int, value_dim: int) -> str:
 
 
 @torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=64)
 def _why_not_triton(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
     try:
         from mmvig.ops.bigla.triton import unavailable

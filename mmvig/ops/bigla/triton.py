@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmvig.ops.bigla import kernels, unpack
+from mmvig.ops.bigla import kernels
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 # The launcher's arguments are Triton's own affair: known for these versions, others go the public way.
@@ -386,6 +386,22 @@ def bigla_backward_op(do, q, k, v, g_fwd, g_bwd, scale, normalizer):
     return grads
 
 
+def views_of(qkv: Tensor, gates: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """What unpack() returns, in a third of its time, as nothing here is differentiated."""
+    batch, num_tokens, width = qkv.shape
+    keys = gates.shape[-1] // 2
+    views = []
+    for x, start, channels in (
+        (qkv, 0, keys), (qkv, keys, keys), (qkv, 2 * keys, width - 2 * keys),
+        (gates, 0, keys), (gates, keys, keys),
+    ):  # fmt: skip
+        of_batch, of_token, step = x.stride()
+        size = (batch, num_tokens, heads, channels // heads)
+        strides = (of_batch, of_token, channels // heads * step, step)
+        views.append(x.as_strided(size, strides, x.storage_offset() + start * step))
+    return tuple(views)
+
+
 PACKED = 'Tensor qkv, Tensor gates, int num_heads, float scale, float normalizer'
 
 
@@ -395,7 +411,7 @@ PACKED = 'Tensor qkv, Tensor gates, int num_heads, float scale, float normalizer
 )
 def bigla_packed_op(qkv, gates, num_heads, scale, normalizer):
     """:func:`mmvig.ops.bigla.bigla_packed` by Triton; arguments are validated."""
-    views = unpack(qkv, gates, num_heads)
+    views = views_of(qkv, gates, num_heads)
     o = qkv.new_empty(views[2].shape)
     forward(*views, scale, normalizer, o)
     return o.flatten(2)
@@ -409,7 +425,8 @@ def bigla_packed_backward_op(do, qkv, gates, num_heads, scale, normalizer):
     """Gradients of :func:`bigla_packed_op`, written side by side where a concatenation would put them."""
     grads = empty_like_each(qkv, gates)
     do = do.unflatten(-1, (num_heads, -1))
-    backward(do, *unpack(qkv, gates, num_heads), scale, normalizer, unpack(*grads, num_heads))
+    views = views_of(qkv, gates, num_heads)
+    backward(do, *views, scale, normalizer, views_of(*grads, num_heads))
     return grads
 
 
