@@ -192,31 +192,36 @@ def show(name: str, result: dict) -> None:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Time against tokens a head and image, log-log, with the floor."""
+    """Time against the tokens of a sequence, log-log, with the floor; a line for each family of shapes."""
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharex=True)
-    for axis, key, index in zip(axes, ('forward', 'training'), (0, 1), strict=True):
-        lines: dict[str, list] = {'floor': []}
-        for result in results.values():
-            tokens = result['shape'][0] * result['shape'][1] * result['shape'][2]
-            lines['floor'].append((tokens, result['floor'][index]))
-            for row in result['rows']:
-                if key in row:
-                    lines.setdefault(row['name'], []).append((tokens, row[key]))
-        for name, points in lines.items():
-            style = 'k--' if name == 'floor' else 'o-'
-            axis.loglog(*zip(*((x, y * 1e3) for x, y in sorted(points)), strict=True), style, label=name)
-        axis.set_title('forward' if key == 'forward' else 'forward + backward')
-        axis.set_xlabel('tokens x heads x images')
-        axis.set_ylabel('ms')
+    lines: dict[tuple[str, str], list] = {}
+    for shape_name, result in results.items():
+        family, tokens = shape_name.split()[0], result['shape'][2]
+        rows = [{'name': 'floor', 'forward': result['floor'][0], 'training': result['floor'][1]}]
+        for row in rows + [row for row in result['rows'] if 'training' in row]:
+            lines.setdefault((row['name'], family), []).append((tokens, row['forward'], row['training']))
+    names = ['floor', *dict.fromkeys(name for name, _ in lines if name != 'floor')]
+    families = list(dict.fromkeys(family for _, family in lines))
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharex=True, sharey=True)
+    for (name, family), points in lines.items():
+        tokens, *times = zip(*sorted(points), strict=True)
+        color = 'black' if name == 'floor' else f'C{names.index(name) - 1}'
+        style = {'marker': 'os^vD'[families.index(family) % 5], 'ls': '--' if name == 'floor' else '-'}
+        for axis, seconds in zip(axes, times, strict=True):
+            axis.loglog(tokens, [x * 1e3 for x in seconds], color=color, label=f'{name}, {family}', **style)
+    for axis, title in zip(axes, ('forward', 'forward + backward'), strict=True):
+        axis.set_title(title)
+        axis.set_xlabel('tokens of a sequence')
         axis.grid(True, which='both', alpha=0.2)
-    axes[0].legend()
+    axes[0].set_ylabel('ms')
+    axes[0].legend(fontsize='small')
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def parse_args() -> argparse.Namespace:
