@@ -47,11 +47,15 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# Stands for BiGLA while counting: one operator with the right shapes, which computes nothing.
-@torch.library.custom_op('mmvig_get_flops::bigla', mutates_args=())
-def bigla(qkv: Tensor, gates: Tensor, num_heads: int) -> Tensor:
+def no_bigla(qkv: Tensor, gates: Tensor, num_heads: int) -> Tensor:
     """[B, N, H * (2 K + V)] and [B, N, 2 * H * K] -> zeros [B, N, H * V]."""
     return qkv.new_zeros(*qkv.shape[:2], qkv.shape[2] - gates.shape[2])
+
+
+# Stands for BiGLA while counting: one operator with the right shapes, which computes nothing. Registered
+# once a process, however often this file is imported: after a second time, the first's calls do not count.
+if not hasattr(torch.ops.mmvig_get_flops, 'bigla'):
+    torch.library.custom_op('mmvig_get_flops::bigla', no_bigla, mutates_args=())
 
 
 def bigla_flops(qkv: torch.Size, gates: torch.Size, num_heads: int, out_shape: torch.Size) -> int:
@@ -68,7 +72,7 @@ def count(model: nn.Module, *inputs, **options) -> dict[str, dict[str, int]]:
     """
 
     def stand_in(qkv: Tensor, gates: Tensor, num_heads: int, **_) -> Tensor:
-        return bigla(qkv, gates, num_heads)
+        return torch.ops.mmvig_get_flops.bigla(qkv, gates, num_heads)
 
     formulas = {torch.ops.mmvig_get_flops.bigla: bigla_flops}
     with (
