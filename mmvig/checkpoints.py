@@ -7,7 +7,7 @@ blocks.*.attn.*, norm, head``) and our own (``stem.*, blocks.*.mixer.*, norm{i}`
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -243,10 +243,22 @@ def _local_path(checkpoint: str) -> Path:
 
 def message_hub_globals() -> list:
     """What the log buffers in mmengine's training checkpoints are made of, for torch's safe globals."""
-    core = getattr(np, '_core', None) or np.core  # numpy < 2 has no _core
+    core = np.core if np.__version__.startswith('1.') else np._core  # NumPy 1.26's _core is a hollow one
     dtypes = {type(np.dtype(name)) for name in ('float32', 'float64', 'int32', 'int64', 'uint32')}
-    arrays = [core.multiarray._reconstruct, core.multiarray.scalar, np.ndarray, np.dtype, *dtypes]
-    return [HistoryBuffer, _get_method, slice, *arrays]
+    functions = [core.multiarray._reconstruct, core.multiarray.scalar]
+    # NumPy 2 moved these: either name, so that either version's files can be read.
+    functions = [_as_of(package, each) for package in ('numpy.core', 'numpy._core') for each in functions]
+    return [HistoryBuffer, _get_method, slice, np.ndarray, np.dtype, *functions, *dtypes]
+
+
+def _as_of(package: str, function: Callable) -> Callable:
+    # torch knows a safe global by the names that it bears.
+    def renamed(*args):
+        return function(*args)
+
+    renamed.__module__ = f'{package}.multiarray'
+    renamed.__qualname__ = renamed.__name__ = function.__name__
+    return renamed
 
 
 def _get_method(owner: type, name: str):

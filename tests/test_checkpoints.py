@@ -1,6 +1,7 @@
 """Official and own checkpoints: names, wrappers, strictness, reading without running code."""
 
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -120,6 +121,19 @@ def test_our_training_checkpoint(tmp_path, loaded):
     }
     assert_equal(from_file(tmp_path, content), loaded)
     assert_equal(from_file(tmp_path, content, prefix='backbone.'), loaded)
+
+
+@pytest.mark.parametrize('package', [b'numpy.core', b'numpy._core'])
+def test_training_checkpoint_of_either_numpy(tmp_path, package):
+    """NumPy 1 and 2 give the functions that rebuild an array different names."""
+    path = tmp_path / 'iter_1.pth'
+    hub = {'loss': HistoryBuffer([1.0, 2.0], [1, 1]), 'iter': np.int64(3)}
+    content = {'state_dict': {'weight': torch.ones(2)}, 'message_hub': hub}
+    torch.save(content, path, _use_new_zipfile_serialization=False)  # names as plain text
+    file, names = re.subn(rb'cnumpy\._?core\.', b'c' + package + b'.', path.read_bytes())
+    assert names == 2
+    path.write_bytes(file)
+    assert checkpoints.read(str(path)).keys() == {'weight'}
 
 
 def test_official_names_inside_a_detector(official, loaded, tmp_path):
