@@ -57,7 +57,7 @@ def use_visualization(cfg: Config, args: argparse.Namespace) -> None:
     elif cfg.default_scope == 'mmdet':
         hook.update(draw=True, test_out_dir=folder)
     else:
-        hook.draw = True
+        hook.update(draw=True, interval=1)  # upstream's mmseg would draw each 50th image only
         if folder:
             cfg.visualizer.save_dir = folder
 
