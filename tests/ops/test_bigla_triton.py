@@ -154,7 +154,8 @@ def test_packed_refuses_widths_that_do_not_divide():
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
 def test_same_bits_however_it_runs(dtype):
     """Twice; in training and evaluation; alone and in a batch."""
-    inputs = make_inputs(20, batch=2, heads=2, gates='mixed', dtype=dtype)
+    # float32 takes the form for strong gates whatever they are.
+    inputs = make_inputs(20, batch=2, heads=1, gates='normal', dtype=dtype)
     first, second = run(inputs, 'triton'), run(inputs, 'triton')
     assert all(map(torch.equal, first, second))
     with torch.no_grad():
@@ -166,9 +167,9 @@ def test_same_bits_however_it_runs(dtype):
 
 
 def test_nan_stays_in_its_head():
-    clean = run(make_inputs(20, heads=2), 'triton')
-    for which in (1, 3):  # a key and a gate
-        inputs = [x.clone() for x in make_inputs(20, heads=2)]
+    clean = run(make_inputs(20, heads=2, dtype=torch.bfloat16), 'triton')
+    for which in (0, 1, 3):  # a query, a key and a gate
+        inputs = [x.clone() for x in make_inputs(20, heads=2, dtype=torch.bfloat16)]
         inputs[which][0, 5, 1, 3] = float('nan')
         for name, a, c in zip(NAMES, run(inputs, 'triton'), clean, strict=True):
             assert torch.equal(a[:, :, 0], c[:, :, 0]), (which, name)
