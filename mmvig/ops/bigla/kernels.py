@@ -105,7 +105,7 @@ def rounded(x, MODE: tl.constexpr):
 
 @triton.jit
 def tf32_ready(x, MODE: tl.constexpr):
-    """What product(), which rounds to bf16 by itself but cuts to tf32, rounds x by."""
+    """Make float32 x ready for product(), which rounds to bf16 by itself but cuts to tf32."""
     if MODE == 'tf32' and not INTERPRETED:  # which cuts nothing
         return nudged(x, MODE)
     else:
@@ -170,7 +170,7 @@ def shuffled(x):
 
 @triton.jit
 def load_table(p_table, i: tl.constexpr, BT: tl.constexpr):
-    """Table number i, float16 [BT, BT]."""
+    """Table or mask number i, [BT, BT] in its dtype."""
     o = tl.arange(0, BT)
     return tl.load(p_table + i * BT * BT + (o[:, None] * BT + o[None, :]))
 
@@ -243,13 +243,20 @@ def load_gates(
 
 
 @triton.jit
+def channels(BK: tl.constexpr, SHUFFLE: tl.constexpr):
+    """Numbers of the channels 0 .. BK - 1, SHUFFLE: in the order of shuffled()."""
+    o_k = tl.arange(0, BK)
+    if SHUFFLE:
+        o_k = o_k // 8 * 8 + o_k % 4 * 2 + o_k // 4 % 2
+    return o_k
+
+
+@triton.jit
 def load_state(p, i, there, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):  # fmt: skip
     """State number i, columns i_v * BV on, as float32 [BK, BV]; zeros unless `there`."""
-    o_k = tl.arange(0, BK)
-    if SHUFFLE:
-        o_k = o_k // 8 * 8 + o_k % 4 * 2 + o_k // 4 % 2
+    o_k = channels(BK, SHUFFLE)
     o_v = i_v * BV + tl.arange(0, BV)
     off = i.to(tl.int64) * (K * V) + (o_k[:, None] * V + o_v[None, :])
     mask = (o_k < K)[:, None] & (o_v < V)[None, :] & there
@@ -268,9 +275,7 @@ def store_state(p, x, i, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr
 @triton.jit
 def load_half_decay(p_sum, i, K: tl.constexpr, BK: tl.constexpr, SHUFFLE: tl.constexpr = False):
     """2^(half the sum of log2 decays over chunk i), [BK]."""
-    o_k = tl.arange(0, BK)
-    if SHUFFLE:
-        o_k = o_k // 8 * 8 + o_k % 4 * 2 + o_k // 4 % 2
+    o_k = channels(BK, SHUFFLE)
     return tl.exp2(0.5 * tl.load(p_sum + i * K + o_k, mask=o_k < K, other=0.0))
 
 
@@ -694,16 +699,16 @@ def output_kernel(
 
 @triton.jit
 def direction_gradients(
-    q, k, dq, dk, da, dat, p_v, p_o, p_g, p_dg, p_state, p_sum, table, up_to, p_mask, i_c, i_chunk, i_ask,
-    there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
+    q, k, dq, dk, da, da_low, da_t, p_v, p_o, p_g, p_dg, p_state, p_sum, table, up_to, p_mask, i_c, i_chunk,
+    i_ask, there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, MODE: tl.constexpr, BACKWARD: tl.constexpr, STRONG: tl.constexpr,
 ):  # fmt: skip
     """Add one direction's part to dq and dk [BT, BK], and write its gate's gradient.
 
-    da[t, s] = do_t . v_s in two terms, da and dat; STRONG: dat is the transpose instead. A pair (t, s) adds
-    p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two: summed up as running
-    sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from outside it.
+    da[t, s] = do_t . v_s, in two terms, da and da_low; STRONG: in one, and da_t is its transpose. A pair
+    (t, s) adds p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two: summed up as
+    running sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from outside it.
     Each p enters twice, from the same rounded factors, so that what must cancel does.
     """
     log_sigmoid, g = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
@@ -734,7 +739,7 @@ def direction_gradients(
             q_z = rounded(tl.where(first, q * e, 0.0), MODE)
             k_z = rounded(tl.where(first, 0.0, k * e), MODE)
             dq_z = tl.where(first, product(tl.where(same, da, 0.0), k_z, zero, MODE), 0.0)
-            dk_z = tl.where(first, 0.0, product(tl.where(same, dat, 0.0), q_z, zero, MODE))
+            dk_z = tl.where(first, 0.0, product(tl.where(same, da_t, 0.0), q_z, zero, MODE))
             dq += e * dq_z
             dk += e * dk_z
             p += q_z * dq_z - k_z * dk_z
@@ -752,9 +757,9 @@ def direction_gradients(
         kx = k_u * xk
         mask = load_table(p_mask, BACKWARD, BT)
         da = masked(da, mask, MODE)
-        dat = masked(dat, mask, MODE)
-        dq_u = product(da, k_u, product(dat, k_u, xq, MODE), MODE)
-        dk_u = product(tl.trans(da), q_u, product(tl.trans(dat), q_u, xk, MODE), MODE)
+        da_low = masked(da_low, mask, MODE)
+        dq_u = product(da, k_u, product(da_low, k_u, xq, MODE), MODE)
+        dk_u = product(tl.trans(da), q_u, product(tl.trans(da_low), q_u, xk, MODE), MODE)
         p = q_u * dq_u - k_u * dk_u
         dq += eq * dq_u
         dk += ek * dk_u
@@ -779,21 +784,21 @@ def gradient_chunk(
     table = load_table(p_table, BALANCED, BT)
     up_to = load_table(p_up_to, 0, BT)
     da = tl.zeros((BT, BT), tl.float32)
-    dat = tl.zeros((BT, BT), tl.float32)
+    da_t = tl.zeros((BT, BT), tl.float32)
     for i_v in range((V + BV - 1) // BV):
         v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
         do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
         da = product(do, tl.trans(v), da, MODE)
         if STRONG:
-            dat = product(v, tl.trans(do), dat, MODE)
+            da_t = product(v, tl.trans(do), da_t, MODE)
     # A token's own pair counts in both directions, and no gate has a part in it.
     o = tl.arange(0, BT)
     twice = 2 * tl.sum(tl.where(o[:, None] == o[None, :], da, 0.0), 1)[:, None]
     if STRONG:
-        da = tf32_ready(da, MODE)
-        dat = tf32_ready(dat, MODE)
+        da, da_low = tf32_ready(da, MODE), da  # the last is not used
+        da_t = tf32_ready(da_t, MODE)
     else:
-        da, dat = split(da, MODE)
+        da, da_low = split(da, MODE)
     q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
     k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
     q *= scale
@@ -805,13 +810,13 @@ def gradient_chunk(
     i_state = i_bh * n_chunks + i_c
     left, right = i_c > 0, i_c < n_chunks - 1
     dq, dk = direction_gradients(
-        q, k, dq, dk, da, dat, p_v, p_o, p_f, p_df, p_state, p_sum, table, up_to, p_mask, i_c, i_c,
-        i_state - 1, left, n_states * 2 + i_state + 1, right, N, s_vn, s_on, s_fn, s_dfn, inv,
+        q, k, dq, dk, da, da_low, da_t, p_v, p_o, p_f, p_df, p_state, p_sum, table, up_to, p_mask, i_c,
+        i_c, i_state - 1, left, n_states * 2 + i_state + 1, right, N, s_vn, s_on, s_fn, s_dfn, inv,
         K, V, BT, BK, BV, UNIT, MODE, False, STRONG,
     )  # fmt: skip
     dq, dk = direction_gradients(
-        q, k, dq, dk, da, dat, p_v, p_o, p_b, p_db, p_state, p_sum, table, up_to, p_mask, i_c, every + i_c,
-        n_states + i_state + 1, right, n_states * 3 + i_state - 1, left, N, s_vn, s_on, s_bn, s_dbn, inv,
+        q, k, dq, dk, da, da_low, da_t, p_v, p_o, p_b, p_db, p_state, p_sum, table, up_to, p_mask, i_c,
+        every + i_c, n_states + i_state + 1, right, n_states * 3 + i_state - 1, left, N, s_vn, s_on, s_bn, s_dbn, inv,
         K, V, BT, BK, BV, UNIT, MODE, True, STRONG,
     )  # fmt: skip
     store_tile(p_dq, dq * scale, i_c, 0, N, s_dqn, K, BT, BK, UNIT)
