@@ -119,3 +119,21 @@ def official_state_dict(arch, classifier=False):
 def official_plain_state_dict(arch):
     """Plain ViG's, likewise."""
     return {name: weight(name, shape) for name, shape in official_plain_shapes(arch).items()}
+
+
+def from_file(backbone, tmp_path, content, prefix=None, **options):
+    """A tiny backbone of a class whose init_cfg loads ``content`` from a file."""
+    path = tmp_path / 'weights.pth'
+    torch.save(content, path)
+    init_cfg = {'type': 'Pretrained', 'checkpoint': str(path)}
+    if prefix:
+        init_cfg['prefix'] = prefix
+    model = backbone('tiny', init_cfg=init_cfg, **options)
+    model.init_weights()
+    return model
+
+
+def assert_equal(model, expected):
+    """The model's own parameters and buffers have the expected bits."""
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name]), name

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from golden import official_shapes, official_state_dict
+from golden import assert_equal, from_file, official_shapes, official_state_dict
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner import load_checkpoint
@@ -25,22 +25,6 @@ def loaded(official):
     model = ViGH('tiny')
     model.load_state_dict(official)
     return model.state_dict()
-
-
-def from_file(tmp_path, content, prefix=None, **options):
-    path = tmp_path / 'weights.pth'
-    torch.save(content, path)
-    init_cfg = {'type': 'Pretrained', 'checkpoint': str(path)}
-    if prefix:
-        init_cfg['prefix'] = prefix
-    model = ViGH('tiny', init_cfg=init_cfg, **options)
-    model.init_weights()
-    return model
-
-
-def assert_equal(model, expected):
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
@@ -70,14 +54,14 @@ def test_every_official_name_is_known(arch, classifier):
 @pytest.mark.parametrize('names', ['official', 'own'])
 def test_wrapped_files_and_dicts(tmp_path, official, loaded, wrap, names):
     content = wrap(official if names == 'official' else dict(loaded))
-    assert_equal(from_file(tmp_path, content), loaded)
+    assert_equal(from_file(ViGH, tmp_path, content), loaded)
     model = ViGH('tiny')
     model.load_state_dict(content)
     assert_equal(model, loaded)
 
 
 def test_official_classifier_keeps_initial_output_norms(tmp_path, loaded):
-    model = from_file(tmp_path, {'model': official_state_dict('tiny', classifier=True)})
+    model = from_file(ViGH, tmp_path, {'model': official_state_dict('tiny', classifier=True)})
     for name, value in model.state_dict().items():
         if name.startswith('norm'):
             assert (value == float(name.endswith('weight'))).all()
@@ -87,13 +71,13 @@ def test_official_classifier_keeps_initial_output_norms(tmp_path, loaded):
 
 @pytest.mark.parametrize('out_indices', [(1, 3), (2,), (0, 1)])
 def test_other_outputs_take_what_they_need(tmp_path, official, loaded, out_indices):
-    assert_equal(from_file(tmp_path, official, out_indices=out_indices), loaded)
+    assert_equal(from_file(ViGH, tmp_path, official, out_indices=out_indices), loaded)
 
 
 def test_more_outputs_than_the_file_has(tmp_path, loaded):
     narrow = ViGH('tiny', out_indices=(3,))
     narrow.load_state_dict(loaded)
-    model = from_file(tmp_path, narrow.state_dict())
+    model = from_file(ViGH, tmp_path, narrow.state_dict())
     assert torch.equal(model.norm3.weight, loaded['norm3.weight'])
     assert (model.norm0.weight == 1).all()
 
@@ -119,8 +103,8 @@ def test_our_training_checkpoint(tmp_path, loaded):
         'state_dict': detector.state_dict(),
         'message_hub': {'loss': HistoryBuffer([1.0, 2.0], [1, 1])},
     }
-    assert_equal(from_file(tmp_path, content), loaded)
-    assert_equal(from_file(tmp_path, content, prefix='backbone.'), loaded)
+    assert_equal(from_file(ViGH, tmp_path, content), loaded)
+    assert_equal(from_file(ViGH, tmp_path, content, prefix='backbone.'), loaded)
 
 
 @pytest.mark.parametrize('package', [b'numpy.core', b'numpy._core'])
@@ -160,7 +144,7 @@ def test_mismatches_are_listed(tmp_path, official):
         'unexpected: layers.0.blocks.0.extra.weight',
         'shape of stem.down1.conv.weight: [48, 4, 3, 3], expected [48, 3, 3, 3]',
     ]
-    for load in (ViGH('tiny').load_state_dict, lambda content: from_file(tmp_path, content)):
+    for load in (ViGH('tiny').load_state_dict, lambda content: from_file(ViGH, tmp_path, content)):
         with pytest.raises(RuntimeError) as error:
             load(broken)
         for line in expected:

@@ -1,13 +1,10 @@
 """Plain ViG: golden outputs of the released code, shapes, options, training, checkpoints."""
 
-import copy
-import pickle
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import GOLDEN, array, official_plain_shapes, official_plain_state_dict
+from golden import GOLDEN, array, assert_equal, from_file, official_plain_shapes, official_plain_state_dict
 from mmengine.model import BaseModel
 from mmengine.runner import load_checkpoint
 
@@ -261,34 +258,6 @@ def test_initialisation():
             assert 0.9 * bound < module.weight.abs().max() <= bound
 
 
-def test_pickled_and_copied_models_compute_the_same():
-    model = mini().eval()
-    x = torch.randn(1, 3, 48, 32)
-    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        for a, b in zip(model(x), twin(x), strict=True):
-            assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
-def test_other_dtypes(dtype):
-    model = mini().eval()
-    x = torch.randn(1, 3, 48, 48)
-    expected = model(x)
-    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
-    for out, e in zip(copy.deepcopy(model).to(dtype)(x.to(dtype)), expected, strict=True):
-        assert out.dtype == dtype
-        torch.testing.assert_close(out.float(), e, rtol=0, atol=tolerance)
-
-
-def test_autocast_trains():
-    model = mini().train()
-    with torch.autocast('cpu', torch.bfloat16):
-        maps = model(torch.randn(2, 3, 56, 40))
-    sum(out.float().square().sum() for out in maps).backward()
-    for parameter in model.parameters():
-        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
-
-
 def test_exports_with_dynamic_size():
     model = ViG({**MINI, 'depth': 2}, out_indices=(0, 1)).eval()
     sizes = {
@@ -369,22 +338,6 @@ class Detector(BaseModel):
         return self.head(x)
 
 
-def from_file(tmp_path, content, prefix=None, **options):
-    path = tmp_path / 'weights.pth'
-    torch.save(content, path)
-    init_cfg = {'type': 'Pretrained', 'checkpoint': str(path)}
-    if prefix:
-        init_cfg['prefix'] = prefix
-    model = ViG('tiny', init_cfg=init_cfg, **options)
-    model.init_weights()
-    return model
-
-
-def assert_equal(model, expected):
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, expected[name]), name
-
-
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
 def test_every_official_name_is_known(arch):
     with torch.device('meta'):
@@ -408,7 +361,7 @@ def test_every_official_name_is_known(arch):
 @pytest.mark.parametrize('names', ['official', 'own'])
 def test_wrapped_files_and_dicts(tmp_path, official, loaded, wrap, names):
     content = wrap(official if names == 'official' else dict(loaded))
-    assert_equal(from_file(tmp_path, content), loaded)
+    assert_equal(from_file(ViG, tmp_path, content), loaded)
     model = ViG('tiny')
     model.load_state_dict(content)
     assert_equal(model, loaded)
@@ -424,12 +377,12 @@ def test_official_names_inside_a_detector(tmp_path, official, loaded):
     detector = Detector()
     load_checkpoint(detector, str(tmp_path / 'detector.pth'), strict=True)
     assert_equal(detector.backbone, loaded)
-    assert_equal(from_file(tmp_path, {'state_dict': content}, prefix='backbone.'), loaded)
+    assert_equal(from_file(ViG, tmp_path, {'state_dict': content}, prefix='backbone.'), loaded)
 
 
 @pytest.mark.parametrize('out_indices', [(2, 5), (5, 11)])
 def test_other_outputs_take_what_they_need(tmp_path, official, loaded, out_indices):
-    model = from_file(tmp_path, official, out_indices=out_indices)
+    model = from_file(ViG, tmp_path, official, out_indices=out_indices)
     for name, value in model.state_dict().items():
         initial = name.startswith('norm') and name != 'norm11.weight'
         assert (value == 1).all() if initial else torch.equal(value, loaded[name]), name
@@ -445,7 +398,7 @@ def test_position_embedding_of_another_grid(tmp_path, official, loaded):
     content = {f'backbone.{name}': value for name, value in loaded.items()}
     torch.save({'state_dict': content}, tmp_path / 'detector.pth')
     load_checkpoint(detector, str(tmp_path / 'detector.pth'))
-    for each in (model, from_file(tmp_path, official, img_size=512), detector.backbone):
+    for each in (model, from_file(ViG, tmp_path, official, img_size=512), detector.backbone):
         assert_equal(each, {**loaded, 'pos_embed': expected})
     assert list(official) == names and official['pos_embed'].shape == (1, 196, 192)
 
@@ -473,7 +426,7 @@ def test_mismatches_are_listed(tmp_path, official):
         'unexpected: norm11.bias',
         'shape of stem.down1.conv.weight: [96, 4, 9, 9], expected [96, 3, 9, 9]',
     ]
-    for load in (ViG('tiny').load_state_dict, lambda content: from_file(tmp_path, content)):
+    for load in (ViG('tiny').load_state_dict, lambda content: from_file(ViG, tmp_path, content)):
         with pytest.raises(RuntimeError, match='does not fit this ViG ') as error:
             load(broken)
         for line in expected:

@@ -1,21 +1,7 @@
 # Plain ViG-T with a linear classifier.
+_base_ = './classifier.py'
+
 model = dict(
-    type='ImageClassifier',
-    data_preprocessor=dict(
-        num_classes=1000,
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        to_rgb=True,
-    ),
     backbone=dict(type='mmvig.ViG', arch='tiny', img_size=224, drop_path_rate=0.0),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(
-        type='LinearClsHead',
-        num_classes=1000,
-        in_channels=192,
-        init_cfg=dict(type='Normal', layer='Linear', std=0.02),
-        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
-    ),
-    # One of the two for each batch, with even chances.
-    train_cfg=dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]),
+    head=dict(in_channels=192, init_cfg=dict(type='Normal', layer='Linear', std=0.02)),
 )

@@ -1,0 +1,49 @@
+"""What holds for ViG-H and plain ViG alike."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from mmvig.backbones import ViG, ViGH
+
+MAKERS = {
+    'ViGH': lambda: ViGH({'embed_dims': 16, 'depths': [1, 1, 2, 1], 'num_heads': [1, 2, 4, 8]}),
+    'ViG': lambda: ViG(
+        {'embed_dims': 32, 'depth': 4, 'num_heads': 2, 'conv_act': True}, out_indices=(0, 1, 2, 3)
+    ),
+}
+
+
+@pytest.fixture(params=MAKERS)
+def model(request):
+    torch.manual_seed(0)
+    return MAKERS[request.param]()
+
+
+def test_pickled_and_copied_models_compute_the_same(model):
+    model.eval()
+    x = torch.randn(1, 3, 48, 32)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        for a, b in zip(model(x), twin(x), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_other_dtypes(model, dtype):
+    model.eval()
+    x = torch.randn(1, 3, 48, 48)
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
+    for out, e in zip(copy.deepcopy(model).to(dtype)(x.to(dtype)), model(x), strict=True):
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), e, rtol=0, atol=tolerance)
+
+
+def test_autocast_trains(model):
+    model.train()
+    with torch.autocast('cpu', torch.bfloat16):
+        maps = model(torch.randn(2, 3, 56, 40))
+    sum(out.float().square().sum() for out in maps).backward()
+    for parameter in model.parameters():
+        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
