@@ -707,9 +707,9 @@ def direction_gradients(
     """Add one direction's part to dq and dk [BT, BK], and write its gate's gradient.
 
     da[t, s] = do_t . v_s, in two terms, da and da_low; STRONG: in one, and da_t is its transpose. A pair
-    (t, s) adds p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two: summed up as
-    running sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from outside it.
-    Each p enters twice, from the same rounded factors, so that what must cancel does.
+    (t, s) adds p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two: summed up
+    as running sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from
+    outside it. Each p enters twice, from the same rounded factors, so that what must cancel does.
     """
     log_sigmoid, g = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
     ld = log_sigmoid * inv
@@ -816,8 +816,8 @@ def gradient_chunk(
     )  # fmt: skip
     dq, dk = direction_gradients(
         q, k, dq, dk, da, da_low, da_t, p_v, p_o, p_b, p_db, p_state, p_sum, table, up_to, p_mask, i_c,
-        every + i_c, n_states + i_state + 1, right, n_states * 3 + i_state - 1, left, N, s_vn, s_on, s_bn, s_dbn, inv,
-        K, V, BT, BK, BV, UNIT, MODE, True, STRONG,
+        every + i_c, n_states + i_state + 1, right, n_states * 3 + i_state - 1, left, N, s_vn, s_on, s_bn,
+        s_dbn, inv, K, V, BT, BK, BV, UNIT, MODE, True, STRONG,
     )  # fmt: skip
     store_tile(p_dq, dq * scale, i_c, 0, N, s_dqn, K, BT, BK, UNIT)
     store_tile(p_dk, dk, i_c, 0, N, s_dkn, K, BT, BK, UNIT)
