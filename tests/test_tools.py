@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 
 from mmvig.datasets.shapes import ensure_shapes
@@ -269,6 +270,15 @@ def test_missing_checkpoints_to_resume_test_or_show(tool, tmp_path):
         line = tool(script, MASK_RCNN, 'no.pth', *more)
         assert expected in line
         assert 'tools/train.py' in line
+
+
+def test_checkpoints_of_another_model_are_neither_tested_nor_shown(tool, work, tmp_path):
+    torch.save({'state_dict': {'decode_head.conv_seg.bias': torch.zeros(7)}, 'meta': {}}, 'it.pth')
+    images = work / 'shapes/images/val'
+    for script, *more in (['test.py', '--work-dir', 'run'], ['demo.py', images]):
+        line = tool(script, work / 'mask_rcnn.py', 'it.pth', *more)
+        assert 'it.pth cannot be loaded' in line
+        assert 'Missing key(s) in state_dict' in line
 
 
 def test_latest_checkpoint_that_was_removed_since(tool, tmp_path):

@@ -66,6 +66,7 @@ def detection_painter(cfg: Config, args: argparse.Namespace) -> Callable[[ndarra
     from mmdet.registry import VISUALIZERS
 
     model = init_detector(cfg, args.checkpoint, args.palette or 'none', args.device)
+    cli.load_strictly(model, args.checkpoint)  # mmdet only warns of what does not match
     visualizer = VISUALIZERS.build({**cfg.visualizer, 'vis_backends': None})
     visualizer.dataset_meta = model.dataset_meta
 
@@ -87,6 +88,7 @@ def segmentation_painter(cfg: Config, args: argparse.Namespace) -> Callable[[nda
     from mmseg.apis import inference_model, init_model, show_result_pyplot
 
     model = init_model(cfg, args.checkpoint, args.device)
+    cli.load_strictly(model, args.checkpoint)  # mmseg only warns of what does not match
 
     def paint(image: ndarray, output: Path) -> None:
         show_result_pyplot(

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
-from mmengine.runner import Runner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
@@ -69,7 +68,6 @@ def use_tta(cfg: Config) -> None:
             raise preflight.SetupError(f'--tta needs a {key}, which {cfg.filename} lacks')
     if cfg.model.get('roi_head', {}).get('mask_head'):
         logger.warning('--tta: mmdet merges boxes, not masks, so boxes alone are evaluated.')
-        cfg.model.roi_head.update(mask_head=None, mask_roi_extractor=None)
         for metric in evaluators(cfg):
             if 'segm' in metric.get('metric', ()):
                 metric.metric = 'bbox'
@@ -92,17 +90,6 @@ def use_out(cfg: Config, out: str) -> None:
         cfg.test_evaluator = [*evaluators(cfg), dict(type=kind, out_file_path=out)]
 
 
-def runner_of_classifier(cfg: Config) -> Runner:
-    """Build the Runner of a classifier with its checkpoint, an official one too, loaded strictly.
-
-    mmengine itself would warn of what does not match, and evaluate whatever is then in the model.
-    """
-    checkpoint, cfg.load_from = cfg.load_from, None
-    runner = cli.build_runner(cfg)
-    cli.load_strictly(runner.model, checkpoint)
-    return runner
-
-
 def main() -> None:
     """Read the config, check its files and test."""
     with preflight.one_line_errors():
@@ -116,8 +103,11 @@ def main() -> None:
             use_tta(cfg)
         if args.out:
             use_out(cfg, args.out)
-        build = runner_of_classifier if cfg.default_scope == 'mmpretrain' else cli.build_runner
-        runner = build(cfg)
+        cfg.load_from = None  # mmengine only warns of what does not match, and would then evaluate it
+        runner = cli.build_runner(cfg)
+        model = cli.load_strictly(runner.model, args.checkpoint)
+        if args.tta and hasattr(model, 'roi_head'):
+            model.roi_head.mask_head = None  # after loading: the checkpoint has one
     runner.test()
     for what, where in (('Predictions', args.out), ('Pictures', args.show_dir)):
         if where:

@@ -145,7 +145,7 @@ def build_runner(cfg: Config) -> Runner:
     return Runner.from_cfg(cfg)
 
 
-def load_strictly(model: nn.Module, checkpoint: str, prefix: str | None = '') -> None:
+def load_strictly(model: nn.Module, checkpoint: str, prefix: str | None = '') -> nn.Module:
     """Load a checkpoint file that must fit the model exactly; no code in it is run (``weights_only=True``).
 
     Official files go into our backbones and, as classification models, into mmpretrain's ImageClassifier.
@@ -155,6 +155,9 @@ def load_strictly(model: nn.Module, checkpoint: str, prefix: str | None = '') ->
         checkpoint: a path, or an http(s) URL.
         prefix: of the keys to load, see :func:`mmvig.checkpoints.read`; None where the model is any
             backbone, be the checkpoint its own or a whole model's. Default: '', all keys.
+
+    Returns:
+        The model without what it was within.
 
     Raises:
         SetupError: It is missing, cannot be read, or has missing, unexpected or mis-shaped keys.
@@ -167,6 +170,7 @@ def load_strictly(model: nn.Module, checkpoint: str, prefix: str | None = '') ->
         reason = '; '.join(line.strip() for line in str(error).splitlines())
         reason = textwrap.shorten(reason, 400, placeholder=' ...')
         raise SetupError(f'checkpoint {checkpoint} cannot be loaded: {reason}') from error
+    return model
 
 
 def log_own_messages() -> None:
