@@ -51,7 +51,7 @@ def module(monkeypatch):
     monkeypatch.setattr(sys, 'path', [str(BENCHMARKS), *sys.path])
     before = set(sys.modules)
     yield importlib.import_module
-    for name in {'backbone', 'common', 'detector', 'models', 'steps'} - before:
+    for name in {'backbone', 'common', 'detector', 'fused', 'models', 'steps'} - before:
         sys.modules.pop(name, None)
 
 
@@ -95,6 +95,24 @@ def test_detectors_and_segmentors(tmp_path):
     for step in ('training', 'inference'):
         assert swin['ratios'][step] == pytest.approx(swin[step]['median'] / ours[step]['median'])
     assert f'{name} with swin' in said
+
+
+def test_fused_operators(module, monkeypatch, tmp_path):
+    fused = module('fused')
+    # The interpreter takes milliseconds a program.
+    monkeypatch.setattr(fused, 'kernel_time', lambda function, device, graph: function() and 1.0)
+    monkeypatch.setattr(fused, 'copy_bandwidth', lambda device: 1e9)
+    options = ['--device', 'cpu', '--shapes', '1,2,3,32', '--dtype', 'fp32', '--out', str(tmp_path)]
+    monkeypatch.setattr(sys, 'argv', ['fused.py', *options])
+    fused.main()
+    rows = json.loads((tmp_path / 'fused.json').read_text())['rows']
+    assert [row['operator'] for row in rows] == list(fused.OPERATORS)
+    assert not any(row['wrong'] for row in rows)
+    by_name = {row['operator']: row for row in rows}
+    size = 1 * 2 * 3 * 32 * 4
+    assert by_name['add_norm']['floor'] * 1e9 == 4 * size + 2 * 32 * 4  # x, branch, sum, norm; weights
+    # Forward x and y; backward dy, x and dx; three times the weight's size.
+    assert by_name['dwconv']['training_floor'] * 1e9 == 2 * size + 3 * size + 3 * 32 * 9 * 4
 
 
 def test_backward_marks_enclose_the_backbone_alone(module):
@@ -196,7 +214,7 @@ def test_memory_running_out_ends_one_row(module, monkeypatch, tmp_path):
         raise torch.cuda.OutOfMemoryError('full')
 
     monkeypatch.setattr(backbone, 'peak_memory', full)
-    options = dict(device='cpu', seconds=0.01, peers_from='torchvision', profile=False)
+    options = dict(device='cpu', seconds=0.01, peers_from='torchvision', backend='auto', profile=False)
     args = argparse.Namespace(**options, compile=False, graph=False)
     benchmark = backbone.Benchmark(args, tmp_path / 'it.json')
     swin = backbone.choose(['Swin-T'])[0]

@@ -83,7 +83,7 @@ class LayerByLayer:
             self.macs += tokens * heads * 4 * (channels // 2 // heads) * (channels // heads)
         else:
             places = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
-            per_place = module.weight.numel() // places.shape[1]
+            per_place = module.weight[0].numel()
             self.macs += places.numel() * per_place
 
 

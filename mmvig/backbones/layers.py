@@ -1,24 +1,93 @@
-"""The small layers that both families are built of; channels last, ``[B, H, W, C]``."""
+"""The small layers that both families are built of; channels last, ``[B, H, W, C]``.
 
-import torch.nn.functional as F
+``backend`` is a model's: with 'triton' all of it runs on fused kernels, otherwise BiGLA alone may.
+"""
+
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
+
+from mmvig.ops.choice import autocast_dtype
+from mmvig.ops.dwconv import dwconv3x3
+from mmvig.ops.norm import add_norm, norm
+from mmvig.ops.swiglu import swiglu
+
+
+def fused_backend(backend: str) -> str:
+    """The backend of the operators around BiGLA, 'torch' or 'triton', for a model's."""
+    # Opt-in: no GPU has timed them yet.
+    return 'triton' if backend == 'triton' else 'torch'
+
+
+class _ResidualNorm:
+    """What LayerNorm and RMSNorm add to PyTorch's: the residual connection before them, in one pass."""
+
+    def __init__(self, channels: int, backend: str, **options):
+        super().__init__(channels, **options)
+        self.backend = fused_backend(backend)
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None, **options
+    ) -> tuple[Tensor, Tensor]:
+        """(x, norm(x)) where there is no branch, else (s, norm(s)) with s = x + scale * branch.
+
+        ``options``: see :func:`mmvig.ops.norm.add_norm`.
+        """
+        weights = self.weight, getattr(self, 'bias', None), self.eps
+        if branch is None:
+            return x, norm(x, *weights, backend=self.backend, **options)
+        return add_norm(x, branch, scale, *weights, backend=self.backend, **options)
+
+
+class LayerNorm(_ResidualNorm, nn.LayerNorm):
+    """LayerNorm over channels of x, or of the sum of x and a residual branch."""
+
+
+class RMSNorm(_ResidualNorm, nn.RMSNorm):
+    """RMSNorm over channels of x, or of the sum of x and a residual branch."""
 
 
 class ConvNorm(nn.Module):
-    """Strided convolution with padding 1, then LayerNorm over channels.
+    """Strided convolution with padding 1, then LayerNorm over channels, then an activation if one is named.
 
     A side n becomes floor((n + 2 - kernel_size) / stride) + 1: by default, 3x3 of stride 2, ceil(n / 2).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 2):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        backend: str,
+        kernel_size: int = 3,
+        stride: int = 2,
+        act: str = 'none',
+    ):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=1)
         self.norm = nn.LayerNorm(out_channels)
+        self.act = act
+        self.backend = fused_backend(backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C_in] -> [B, H', W', C_out]."""
-        x = self.conv(x.permute(0, 3, 1, 2))
-        return self.norm(x.permute(0, 2, 3, 1))
+        """[B, H, W, C_in] -> [B, H', W', C_out], in float32 under autocast unless an activation follows."""
+        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        final = self.act == 'none'  # the residual connections start here
+        dtype = self.norm.weight.dtype if final else autocast_dtype(x)
+        weights = self.norm.weight, self.norm.bias, self.norm.eps
+        return norm(x, *weights, act=self.act, dtype=dtype, backend=self.backend)
+
+
+class DWConv(nn.Conv2d):
+    """Depthwise 3x3 convolution without bias."""
+
+    def __init__(self, channels: int, backend: str):
+        super().__init__(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.backend = fused_backend(backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        return dwconv3x3(x, self.weight, backend=self.backend)
 
 
 class SwiGLU(nn.Module):
@@ -27,32 +96,59 @@ class SwiGLU(nn.Module):
     The hidden width is 8C / 3, rounded up to a multiple of ``multiple_of``.
     """
 
-    def __init__(self, channels: int, multiple_of: int):
+    def __init__(self, channels: int, multiple_of: int, backend: str):
         super().__init__()
         hidden = multiple_of * -(-int(8 * channels / 3) // multiple_of)
         self.fc1 = nn.Linear(channels, 2 * hidden, bias=False)
         self.fc2 = nn.Linear(hidden, channels, bias=False)
+        self.backend = fused_backend(backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        a, b = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(a) * b)
+        return self.fc2(swiglu(self.fc1(x), backend=self.backend))
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, zero a sample's residual branch with probability ``rate``."""
+    """Stochastic depth: in training, a sample's residual branch is dropped with probability ``rate``."""
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, ...] -> [B, ...], scaled by 1 / (1 - rate) where kept."""
+    def forward(self, x: Tensor) -> Tensor | None:
+        """The factor [B] of each sample's branch: 0, or 1 / (1 - rate) where kept; None if all are kept."""
         if not self.training or self.rate == 0:
-            return x
-        keep = x.new_empty(x.shape[:1] + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep.div_(1 - self.rate)
+            return None
+        keep = torch.empty(x.shape[0], device=x.device).bernoulli_(1 - self.rate)
+        return keep.div_(1 - self.rate)
 
     def extra_repr(self) -> str:
         """Show the rate in ``print(model)``."""
         return f'rate={self.rate:.3f}'
+
+
+class Block(nn.Module):
+    """s = x + DropPath(mixer(norm(x))), then s + DropPath(SwiGLU(norm(s))).
+
+    Each sum is left to the norm after it, which computes both in one pass: a block takes x with the branch
+    still to be added, and returns the like.
+    """
+
+    def __init__(
+        self, make_norm: Callable[[], nn.Module], mixer: nn.Module, mlp: nn.Module, drop_path: float
+    ):
+        super().__init__()
+        self.norm1 = make_norm()
+        self.mixer = mixer
+        self.norm2 = make_norm()
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[B, H, W, C], a branch alike (None: nothing to add) and its scale [B] -> the next three."""
+        dtype = autocast_dtype(x)
+        x, y = self.norm1(x, branch, scale, dtype=dtype)
+        x, y = self.norm2(x, self.mixer(y), self.drop_path(y), dtype=dtype)
+        return x, self.mlp(y), self.drop_path(y)

@@ -1,10 +1,11 @@
 """The gated token mixer of ViG: short (3x3) and long (BiGLA) context, mixed by a learned gate."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmvig.backbones.layers import DWConv, fused_backend
 from mmvig.ops.bigla import bigla_packed, check_backend
+from mmvig.ops.gated_mix import gated_mix
 
 # Width of the low-rank step that makes the decay gates' logits.
 GATE_RANK = 16
@@ -24,7 +25,8 @@ class GatedTokenMixer(nn.Module):
     Args:
         channels: width C of the input and the output.
         num_heads: heads H; keys are C / 2H wide, values C / H.
-        backend: BiGLA backend, see :func:`mmvig.ops.bigla.bigla`. Default: 'auto'.
+        backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; 'triton' has all of it on fused kernels.
+            Default: 'auto'.
         conv_act: whether u is silu(DWConv3x3(x)), as in plain ViG-T. Default: False.
         out_act: whether SiLU is applied to what W_o takes, as in plain ViG-T. Default: False.
 
@@ -50,7 +52,7 @@ class GatedTokenMixer(nn.Module):
         self.backend = backend
         self.conv_act = conv_act
         self.out_act = out_act
-        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.dwconv = DWConv(channels, backend)
         self.qkv = nn.Linear(channels, 2 * channels, bias=False)
         self.decay_down = nn.Linear(channels, GATE_RANK, bias=False)
         self.decay_up = nn.Linear(GATE_RANK, channels)
@@ -62,26 +64,14 @@ class GatedTokenMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens: ``[B, H, W, C]`` -> ``[B, H, W, C]``."""
-        u = self.dwconv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last in memory
+        u = self.dwconv(x)
         if self.conv_act:
             u = F.silu(u)
         tokens = u.flatten(1, 2)  # [B, N, C]
         decay_gates = self.decay_up(self.decay_down(tokens))
         o = bigla_packed(self.qkv(tokens), decay_gates, self.num_heads, backend=self.backend)
 
-        gate = self._heads(self.mix_gate(tokens).sigmoid())
-        long = self._norm(self.norm_long, self._heads(o))
-        short = self._norm(self.norm_short, self._heads(tokens))
-        y = torch.lerp(short, long, gate.to(long.dtype))
-        if self.out_act:
-            y = F.silu(y)
+        weights = self.norm_long.weight, self.norm_short.weight, self.norm_long.eps
+        options = {'act': self.out_act, 'backend': fused_backend(self.backend)}
+        y = gated_mix(o, self.mix_gate(tokens), tokens, *weights, **options)
         return self.out(y.reshape(x.shape))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, heads, D / heads]."""
-        return x.unflatten(-1, (self.num_heads, -1))
-
-    @staticmethod
-    def _norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
-        # In the weight's dtype: under autocast x is half, and RMSNorm has no autocast rule everywhere.
-        return norm(x.to(norm.weight.dtype))

@@ -6,6 +6,7 @@ AAAI 2025 (arXiv 2405.18425).
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.base import Backbone
-from mmvig.backbones.layers import ConvNorm, DropPath, SwiGLU
+from mmvig.backbones.layers import Block, ConvNorm, RMSNorm, SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.registry import MODELS
 
@@ -30,36 +31,19 @@ DROP_PATH_RATES = {'tiny': 0.0, 'small': 0.2, 'base': 0.5}
 class Stem(nn.Module):
     """ConvNorm 9x9 of stride 8, SiLU, ConvNorm 3x3 of stride 2: image to tokens of stride 16."""
 
-    def __init__(self, in_channels: int, channels: int):
+    def __init__(self, in_channels: int, channels: int, backend: str):
         super().__init__()
-        self.down1 = ConvNorm(in_channels, channels // 2, kernel_size=9, stride=8)
-        self.down2 = ConvNorm(channels // 2, channels)
+        self.down1 = ConvNorm(in_channels, channels // 2, backend, kernel_size=9, stride=8, act='silu')
+        self.down2 = ConvNorm(channels // 2, channels, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C_in] -> [B, n(H), n(W), C] with n = :func:`tokens_along`; H, W >= 7."""
-        return self.down2(F.silu(self.down1(x)))
+        return self.down2(self.down1(x))
 
 
 def tokens_along(side: int) -> int:
     """Tokens that the stem makes of an image side: ceil(floor((side + 1) / 8) / 2)."""
     return ((side + 1) // 8 + 1) // 2
-
-
-class Block(nn.Module):
-    """x + DropPath(mixer(RMSNorm(x))), then x + DropPath(SwiGLU(RMSNorm(x)))."""
-
-    def __init__(self, channels: int, drop_path: float, **mixer):
-        super().__init__()
-        self.norm1 = nn.RMSNorm(channels, eps=1e-6)
-        self.mixer = GatedTokenMixer(channels, **mixer)
-        self.norm2 = nn.RMSNorm(channels, eps=1e-6)
-        self.mlp = SwiGLU(channels, multiple_of=256)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C]."""
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 @ROOT_MODELS.register_module()  # for `type='ViG'` after `custom_imports`
@@ -86,7 +70,8 @@ class ViG(Backbone):
         frozen_stages: -1 freezes nothing, 0 the stem and the position embedding, i > 0 also the first i
             blocks with their output norms (no gradient, evaluation mode). Default: -1.
         with_cp: recompute each block in the backward pass to save memory. Default: False.
-        backend: BiGLA backend, see :func:`mmvig.ops.bigla.bigla`. Default: 'auto'.
+        backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; 'triton' has the norms, activations and
+            depthwise convolutions on fused kernels too. Default: 'auto'.
         init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
             files and our own, strictly (:mod:`mmvig.checkpoints`); an optional ``prefix`` picks a
             submodule's keys. Default: None, the published initialisation.
@@ -129,14 +114,19 @@ class ViG(Backbone):
         self.num_features = [channels]
         self.with_cp = with_cp
 
-        self.stem = Stem(in_channels, channels)
+        self.stem = Stem(in_channels, channels, backend)
         self.pos_embed = nn.Parameter(torch.empty(1, tokens_along(img_size) ** 2, channels))
         self.blocks = nn.ModuleList(
-            Block(channels, drop_path_rate * i / max(depth - 1, 1), backend=backend, **mixer)
+            Block(
+                partial(RMSNorm, channels, backend, eps=1e-6),
+                GatedTokenMixer(channels, backend=backend, **mixer),
+                SwiGLU(channels, 256, backend),
+                drop_path_rate * i / max(depth - 1, 1),
+            )
             for i in range(max(self.out_indices) + 1)
         )
         for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.RMSNorm(channels, eps=1e-6))
+            self.add_module(f'norm{i}', RMSNorm(channels, backend, eps=1e-6))
         self._initialise()
         self._freeze()
 
@@ -166,14 +156,16 @@ class ViG(Backbone):
         """
         x = self.stem(self._channels_last(x))
         x = x + self._position_embedding(x.shape[1], x.shape[2])
-        maps = []
+        maps, state = [], (x,)
         for i, block in enumerate(self.blocks):
             if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                state = checkpoint(block, *state, use_reentrant=False)
             else:
-                x = block(x)
+                state = block(*state)
             if i in self.out_indices:
-                maps.append(getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).contiguous())
+                x, y = getattr(self, f'norm{i}')(*state, channels_first=True)
+                maps.append(y)
+                state = (x,)
         return tuple(maps)
 
     def _position_embedding(self, height: int, width: int) -> Tensor:

@@ -5,16 +5,17 @@ AAAI 2025 (arXiv 2405.18425).
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.base import Backbone
-from mmvig.backbones.layers import ConvNorm, DropPath, SwiGLU
+from mmvig.backbones.layers import Block, ConvNorm, LayerNorm, SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
+from mmvig.ops.norm import add
 from mmvig.registry import MODELS
 
 ARCHS = {
@@ -28,31 +29,14 @@ DROP_PATH_RATES = {'tiny': 0.2, 'small': 0.3, 'base': 0.6}
 class Stem(nn.Module):
     """Two ConvNorm with GELU between them: image to tokens of stride 4."""
 
-    def __init__(self, in_channels: int, channels: int):
+    def __init__(self, in_channels: int, channels: int, backend: str):
         super().__init__()
-        self.down1 = ConvNorm(in_channels, channels // 2)
-        self.down2 = ConvNorm(channels // 2, channels)
+        self.down1 = ConvNorm(in_channels, channels // 2, backend, act='gelu')
+        self.down2 = ConvNorm(channels // 2, channels, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C_in] -> [B, ceil(H / 4), ceil(W / 4), C]."""
-        return self.down2(F.gelu(self.down1(x)))
-
-
-class Block(nn.Module):
-    """x + DropPath(mixer(LN(x))), then x + DropPath(SwiGLU(LN(x)))."""
-
-    def __init__(self, channels: int, num_heads: int, drop_path: float, backend: str):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.mixer = GatedTokenMixer(channels, num_heads, backend)
-        self.norm2 = nn.LayerNorm(channels)
-        self.mlp = SwiGLU(channels, multiple_of=32)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C]."""
-        x = x + self.drop_path(self.mixer(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.down2(self.down1(x))
 
 
 class Stage(nn.Module):
@@ -69,19 +53,26 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(channels, num_heads, drop_path, backend) for drop_path in drop_paths
+            Block(
+                partial(LayerNorm, channels, backend),
+                GatedTokenMixer(channels, num_heads, backend),
+                SwiGLU(channels, 32, backend),
+                drop_path,
+            )
+            for drop_path in drop_paths
         )
-        self.downsample = ConvNorm(channels, 2 * channels) if downsample else None
+        self.downsample = ConvNorm(channels, 2 * channels, backend) if downsample else None
         self.with_cp = with_cp
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C]; the downsample is applied by the backbone, after its norm."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[B, H, W, C] -> x, branch and scale, still to be added up; the backbone downsamples the sum."""
+        state = (x,)
         for block in self.blocks:
             if self.with_cp and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                state = checkpoint(block, *state, use_reentrant=False)
             else:
-                x = block(x)
-        return x
+                state = block(*state)
+        return state
 
 
 @ROOT_MODELS.register_module()  # for `type='ViGH'` after `custom_imports`
@@ -103,7 +94,8 @@ class ViGH(Backbone):
         frozen_stages: -1 freezes nothing, 0 the stem, i > 0 also the first i stages with their output
             norms and downsamples (no gradient, evaluation mode). Default: -1.
         with_cp: recompute each block in the backward pass to save memory. Default: False.
-        backend: BiGLA backend, see :func:`mmvig.ops.bigla.bigla`. Default: 'auto'.
+        backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; 'triton' has the norms, activations and
+            depthwise convolutions on fused kernels too. Default: 'auto'.
         init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
             classification and backbone files and our own, strictly (:mod:`mmvig.checkpoints`); an optional
             ``prefix`` picks a submodule's keys. Default: None, the published initialisation.
@@ -139,7 +131,7 @@ class ViGH(Backbone):
         num_stages = max(self.out_indices) + 1
         self.num_features = [embed_dims * 2**i for i in range(num_stages)]
 
-        self.stem = Stem(in_channels, embed_dims)
+        self.stem = Stem(in_channels, embed_dims, backend)
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist()
         self.stages = nn.ModuleList()
         for i, channels in enumerate(self.num_features):
@@ -155,7 +147,7 @@ class ViGH(Backbone):
                 )
             )
         for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
+            self.add_module(f'norm{i}', LayerNorm(self.num_features[i], backend))
 
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -179,9 +171,12 @@ class ViGH(Backbone):
         x = self.stem(self._channels_last(x))
         maps = []
         for i, stage in enumerate(self.stages):
-            x = stage(x)
+            x, branch, scale = stage(x)
             if i in self.out_indices:
-                maps.append(getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).contiguous())
+                x, y = getattr(self, f'norm{i}')(x, branch, scale, channels_first=True)
+                maps.append(y)
+            else:
+                x = add(x, branch, scale)
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return tuple(maps)

@@ -151,11 +151,9 @@ def test_packed_refuses_widths_that_do_not_divide():
         bigla_packed(torch.zeros(1, 4, 1, 64), torch.zeros(1, 4, 32), 1)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
-def test_same_bits_however_it_runs(dtype):
+def test_same_bits_however_it_runs():
     """Twice; in training and evaluation; alone and in a batch."""
-    # float32 takes the form for strong gates whatever they are.
-    inputs = make_inputs(20, batch=2, heads=1, gates='normal', dtype=dtype)
+    inputs = make_inputs(20, batch=2, heads=1, gates='mixed', dtype=torch.bfloat16)
     first, second = run(inputs, 'triton'), run(inputs, 'triton')
     assert all(map(torch.equal, first, second))
     with torch.no_grad():
@@ -168,12 +166,13 @@ def test_same_bits_however_it_runs(dtype):
 
 def test_nan_stays_in_its_head():
     clean = run(make_inputs(20, heads=2, dtype=torch.bfloat16), 'triton')
-    for which in (0, 1, 3):  # a query, a key and a gate
+    for which in (1, 3):  # a key and a gate
         inputs = [x.clone() for x in make_inputs(20, heads=2, dtype=torch.bfloat16)]
         inputs[which][0, 5, 1, 3] = float('nan')
-        for name, a, c in zip(NAMES, run(inputs, 'triton'), clean, strict=True):
+        results = run(inputs, 'triton')
+        for name, a, c in zip(NAMES, results, clean, strict=True):
             assert torch.equal(a[:, :, 0], c[:, :, 0]), (which, name)
-        assert bigla(*inputs, backend='triton')[:, :, 1].isnan().any()
+        assert results[0][:, :, 1].isnan().any()
 
 
 def test_empty_batch():
@@ -259,18 +258,18 @@ except ValueError as error:
 
 
 @pytest.mark.skipif(ON_GPU, reason='the offline compiler takes minutes; the sweep compiles for this GPU')
-@pytest.mark.parametrize('capability', [80, 89, 100])
+@pytest.mark.parametrize('capability', [80, 100])
 def test_kernels_fit_other_gpus(capability):
     """Compiled without a GPU: within what any of them gives a program, and a kernel for each launch."""
     done = subprocess.run(
-        [sys.executable, os.path.join(os.path.dirname(__file__), 'compile_bigla.py'), str(capability)],
+        [sys.executable, os.path.join(os.path.dirname(__file__), 'compile_kernels.py'), str(capability)],
         env={k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = [int(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(shared) == 6 and max(shared) <= 99 * 1024, done.stdout
+    assert len(shared) == 14 and max(shared) <= 99 * 1024, done.stdout
 
 
 # On a GPU from here on.

@@ -39,6 +39,7 @@ from models import MODELS, SIDE_MULTIPLE, Absent, Entry, build, choose
 from steps import Wrong, capture, check_ours, check_step, kernels, make_step
 
 from mmvig.engine.preflight import SetupError, one_line_errors
+from mmvig.ops.bigla import BACKENDS
 
 # HxW and batch: of pretraining, of a detector's two images a GPU, of dense prediction, and a single image.
 HIERARCHICAL_SHAPES = ['224x224 b128', '800x1216 b2', '1024x1024 b8', '800x1216 b1']
@@ -92,7 +93,12 @@ class Benchmark:
         self.rows: list[dict] = []
         self.checks: dict[tuple[str, str], dict | str] = {}  # errors, or what is wrong
         packages = ('timm', 'torchvision')
-        self.report = {**machine(args.device, packages), 'complete': False, 'rows': self.rows}
+        self.report = {
+            **machine(args.device, packages),
+            'backend': args.backend,
+            'complete': False,
+            'rows': self.rows,
+        }
 
     def save(self, **more) -> None:
         """Write the report as it is now."""
@@ -148,14 +154,16 @@ class Benchmark:
             key = entry.name, dtype
             if key not in self.checks:
                 try:
-                    self.checks[key] = check_ours(entry, dtype, self.device)
+                    self.checks[key] = check_ours(entry, dtype, self.device, self.args.backend)
                 except Wrong as error:
                     self.checks[key] = str(error)
                 release(self.device)
             if isinstance(self.checks[key], str):
                 raise Wrong(self.checks[key])
         torch.manual_seed(0)
-        model = build(entry, shape.height, shape.width, self.args.peers_from).to(self.device)
+        model = build(entry, shape.height, shape.width, self.args.peers_from, self.args.backend).to(
+            self.device
+        )
         x = torch.randn(shape.batch, 3, shape.height, shape.width, device=self.device)
         return model, x.to(memory_format=entry.memory_format)
 
@@ -295,6 +303,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--steps', nargs='+', choices=STEPS, help='default: both, at batch 1 inference alone'
+    )
+    parser.add_argument(
+        '--backend', default='auto', choices=['auto', *BACKENDS], help="of ours; 'triton' fuses all of it"
     )
     parser.add_argument('--peers-from', choices=['timm', 'torchvision'], default='timm')
     parser.add_argument(

@@ -13,16 +13,14 @@ Writes bigla.json and bigla.png.
 import argparse
 import importlib.util
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import DTYPES, machine_name
+from common import DTYPES, copy_bandwidth, kernel_time, machine_name
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from mmvig.ops import bigla
 from mmvig.ops.bigla import BACKENDS
@@ -89,17 +87,6 @@ def candidates(backends: list[str], peers: list[str]) -> dict[str, Callable]:
     return functions
 
 
-def measure(function: Callable[[], object], device: str, graph: bool = False) -> float:
-    """Median seconds of a call, or of its replay as a CUDA graph."""
-    if device == 'cuda':
-        from triton.testing import do_bench, do_bench_cudagraph
-
-        if graph:
-            return do_bench_cudagraph(function, rep=50, return_mode='median') / 1e3
-        return do_bench(function, warmup=25, rep=150, return_mode='median') / 1e3
-    return Timer('function()', globals={'function': function}).blocked_autorange(min_run_time=0.05).median
-
-
 def peak_memory(function: Callable[[], object], device: str) -> int | None:
     """Bytes allocated at most during a call beyond what was before."""
     if device != 'cuda':
@@ -110,13 +97,6 @@ def peak_memory(function: Callable[[], object], device: str) -> int | None:
     before = torch.cuda.memory_allocated()
     function()
     return torch.cuda.max_memory_allocated() - before
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes read and written a second by a large copy."""
-    source = torch.ones(2**30 if device == 'cuda' else 2**24, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / measure(lambda: target.copy_(source), device)
 
 
 def benchmark(function: Callable, inputs: list[Tensor], floors: tuple[float, float], graph: bool) -> dict:
@@ -135,7 +115,7 @@ def benchmark(function: Callable, inputs: list[Tensor], floors: tuple[float, flo
     row = {}
     for step, floor in zip((forward, training), floors, strict=True):
         key = step.__name__
-        row[key] = measure(step, device, graph)
+        row[key] = kernel_time(step, device, graph)
         row[f'{key}_factor'] = row[key] / floor
         row[f'{key}_memory'] = peak_memory(step, device)
     return row
@@ -269,7 +249,7 @@ def main() -> None:
         sys.exit('--graph needs a CUDA device')
     names = list(GROWTH) if args.growth else args.shapes or list(SHAPES)
     shapes = {name: GROWTH[name] if args.growth else parse_shape(name) for name in names}
-    bandwidth = statistics.median(copy_bandwidth(args.device) for _ in range(3))
+    bandwidth = copy_bandwidth(args.device)
     machine = machine_name(args.device)
     print(f'{machine}, torch {torch.__version__}, {args.dtype}, copy bandwidth {bandwidth / 1e12:.2f} TB/s')
     functions = candidates(args.backends, args.peers)

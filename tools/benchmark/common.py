@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
 MEGABYTE = 1e6
@@ -129,6 +130,25 @@ def measure(step: Callable[[], object], device: str, seconds: float) -> dict[str
     result['latency'] = statistics.median(latencies or times)
     result['host'] = statistics.median(hosts or times)
     return {**result, 'repeats': repeats}
+
+
+def kernel_time(function: Callable[[], object], device: str, graph: bool = False) -> float:
+    """Median seconds of a call: with the L2 cache flushed before each, or of replays of a CUDA graph."""
+    if device == 'cuda':
+        from triton.testing import do_bench, do_bench_cudagraph
+
+        if graph:
+            return do_bench_cudagraph(function, rep=50, return_mode='median') / 1e3
+        return do_bench(function, warmup=25, rep=150, return_mode='median') / 1e3
+    return Timer('function()', globals={'function': function}).blocked_autorange(min_run_time=0.05).median
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written a second by a large copy, the median of three measurements."""
+    source = torch.ones(2**30 if device == 'cuda' else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = [kernel_time(lambda: target.copy_(source), device) for _ in range(3)]
+    return 2 * source.nbytes / statistics.median(times)
 
 
 def peak_memory(step: Callable[[], object], device: str) -> int | None:

@@ -78,7 +78,7 @@ def check_step(step: Callable, model: nn.Module, shapes: list[tuple[int, ...]]) 
             raise Wrong(f'{len(bad)} parameters without a finite gradient, such as {bad[0]}')
 
 
-def check_ours(entry: Entry, dtype: str, device: str) -> dict[str, float]:
+def check_ours(entry: Entry, dtype: str, device: str, backend: str = 'auto') -> dict[str, float]:
     """Compare a model of ours with the chunked backend in float64 on small images: maps and gradients.
 
     Returns:
@@ -90,7 +90,7 @@ def check_ours(entry: Entry, dtype: str, device: str) -> dict[str, float]:
         Wrong: An error is more than twice the chunked backend's, and above the tolerance.
     """
     torch.manual_seed(0)
-    fast = build(entry, 64, 96).to(device).eval()
+    fast = build(entry, 64, 96, backend=backend).to(device).eval()
     for parameter in fast.parameters():
         if parameter.ndim > 1:  # initial weights let BiGLA through so weakly that no error would show
             nn.init.normal_(parameter, std=CHECK_GAIN * parameter[0].numel() ** -0.5)

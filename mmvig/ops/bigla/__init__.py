@@ -4,7 +4,6 @@ Source: Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated
 AAAI 2025 (arXiv 2405.18425), bidirectional gated linear attention.
 """
 
-import functools
 import logging
 import math
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from mmvig.ops.bigla.chunked import bigla_chunked
 from mmvig.ops.bigla.reference import bigla_reference
+from mmvig.ops.choice import why_not_triton
 
 __all__ = ['BACKENDS', 'bigla', 'bigla_packed']
 
@@ -149,23 +149,13 @@ def _choose(backend: str, x: Tensor, key_dim: int, value_dim: int) -> str:
     if max(key_dim, value_dim) > MAX_WIDTH:
         reason = f'it takes widths K and V up to {MAX_WIDTH}, got {key_dim} and {value_dim}'
     else:
-        reason = _why_not_triton(x.device.type, x.device.index, x.dtype)
+        reason = why_not_triton(__name__, x)
     if reason is None:
         return 'triton'
     if backend == 'triton':
         raise ValueError(f"backend 'triton' cannot run here: {reason}; use backend='auto' or 'chunked'")
     _announce(reason, logging.WARNING)
     return 'chunked'
-
-
-@torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=64)
-def _why_not_triton(device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
-    try:
-        from mmvig.ops.bigla.triton import unavailable
-    except ImportError as error:
-        return f'Triton cannot be imported ({error})'
-    return unavailable(torch.device(device_type, index), dtype)
 
 
 @torch.compiler.assume_constant_result

@@ -6,37 +6,24 @@ else.
 """
 
 import functools
-import os
-import shutil
 
 import torch
 import triton
 from torch import Tensor
 
 from mmvig.ops.bigla import kernels
+from mmvig.ops.launch import (
+    INTERPRETED,
+    ceil_div,
+    differentiate,
+    empty_like_each,
+    launch,
+    multiprocessors,
+    operator,
+)
 
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-# The launcher's arguments are Triton's own affair: known for these versions, others go the public way.
-FAST_LAUNCH = not INTERPRETED and (3, 4) <= tuple(map(int, triton.__version__.split('.')[:2])) <= (3, 8)
-MIN_CAPABILITY = (8, 0)
 # Largest number of elements between a chunk's first and last token: offsets within a chunk are 32-bit.
 MAX_CHUNK_SPAN = 2**31
-
-
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why these kernels cannot run on a device and dtype, or None if they can."""
-    if dtype == torch.float64:
-        return 'it computes in float32, and the inputs are float64'
-    if INTERPRETED:
-        return None
-    if device.type != 'cuda':
-        return f'it runs on CUDA devices, and the inputs are on {device}'
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        return f'it needs compute capability 8.0 or newer, {device} has {".".join(map(str, capability))}'
-    if not any(map(shutil.which, (os.environ.get('CC', 'cc'), 'gcc', 'clang'))):
-        return 'it needs a C compiler (gcc or clang, or CC set) for its launchers, and there is none'
-    return None
 
 
 @functools.lru_cache(maxsize=256)
@@ -105,25 +92,6 @@ FILL, MAX_RUN = 8, 8
 # Largest second and third size of a CUDA grid.
 MAX_GRID = 65535
 
-# Compiled kernels by what they were compiled for: Triton's own look-up takes longer than a small launch.
-_compiled: dict = {}
-
-
-def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: dict) -> None:
-    """Launch ``kernel``; ``key``: what it is compiled for besides ``constants``, () if Triton must look."""
-    found = _compiled.get((kernel.fn, key, *constants.values()))
-    if found:
-        run, function, metadata, values = found
-        stream = torch._C._cuda_getCurrentRawStream(key[0].index)
-        run(*grid, stream, function, metadata, None, None, None, *args, *values)
-        return
-    compiled = kernel[grid](*args, **constants)
-    if FAST_LAUNCH and key:
-        values = [constants[name] for name in kernel.arg_names if name in constants]
-        record = compiled.run, compiled.function, compiled.packed_metadata, values
-        _compiled[(kernel.fn, key, *constants.values())] = record
-
-
 _tables: dict = {}
 
 
@@ -152,9 +120,7 @@ def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
 @functools.lru_cache(maxsize=4096)
 def run_length(n: int, sequences: int, device: torch.device) -> int:
     """How many of a sequence's n chunks or segments a program takes, if programs are to fill the device."""
-    fill = FILL
-    if device.type == 'cuda':
-        fill *= torch.cuda.get_device_properties(device).multi_processor_count
+    fill = FILL * multiprocessors(device)
     runs = ceil_div(n, max(1, min(MAX_RUN, n * sequences // fill)))
     return ceil_div(n, runs)
 
@@ -340,33 +306,6 @@ def batched(items: tuple, n: int) -> list[tuple]:
     return [items[i : i + n] for i in range(0, len(items), n)]
 
 
-def ceil_div(a: int, b: int) -> int:
-    """Quotient rounded up (triton.cdiv takes microseconds)."""
-    return -(-a // b)
-
-
-# Not custom_op: on a CPU, empty functions take 67 us so, forward and backward, and 102 with it.
-_library = torch.library.Library('mmvig', 'FRAGMENT')
-
-
-def operator(schema: str, fake):
-    """Make a function the PyTorch operator ``mmvig::<schema>``; ``fake`` makes its empty results."""
-
-    def register(function):
-        name = schema.split('(')[0]
-        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(name, function, 'CompositeExplicitAutograd')
-        torch.library.register_fake(f'mmvig::{name}', fake, lib=_library)
-        return getattr(torch.ops.mmvig, name).default
-
-    return register
-
-
-def empty_like_each(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous tensors of the same shapes."""
-    return tuple(x.new_empty(x.shape) for x in tensors)
-
-
 INPUTS = 'Tensor q, Tensor k, Tensor v, Tensor g_fwd, Tensor g_bwd, float scale, float normalizer'
 
 
@@ -433,28 +372,5 @@ def bigla_packed_backward_op(do, qkv, gates, num_heads, scale, normalizer):
     return grads
 
 
-def _save(ctx, inputs, output):
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    ctx.options = inputs[len(tensors) :]
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(op):
-    def run(ctx, do):
-        return *op(do, *ctx.saved_tensors, *ctx.options), *[None] * len(ctx.options)
-
-    return run
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("bigla's Triton backend has no second derivative; use backend='chunked' for one")
-
-
-def _differentiate(name: str, backward_of, **options) -> None:
-    torch.library.register_autograd(f'mmvig::{name}', backward_of, lib=_library, **options)
-
-
-_differentiate('bigla', _backward(bigla_backward_op), setup_context=_save)
-_differentiate('bigla_packed', _backward(bigla_packed_backward_op), setup_context=_save)
-_differentiate('bigla_backward', _no_second_derivative)
-_differentiate('bigla_packed_backward', _no_second_derivative)
+differentiate('bigla', bigla_backward_op)
+differentiate('bigla_packed', bigla_packed_backward_op)

@@ -1,0 +1,61 @@
+"""Whether an operator's Triton form can run."""
+
+import functools
+import importlib
+
+import torch
+from torch import Tensor
+
+
+def why_not_triton(operator: str, x: Tensor) -> str | None:
+    """Why the Triton form of an operator cannot take inputs like ``x``, None if it can.
+
+    Args:
+        operator: the package whose module ``triton`` has the kernels and registers the PyTorch operators.
+        x: an input.
+    """
+    return _why_not_triton(operator, x.device.type, x.device.index, x.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _why_not_triton(operator: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+    return _looked_up(operator, device_type, index, dtype)  # torch.compile would look through the cache
+
+
+@functools.lru_cache(maxsize=256)
+def _looked_up(operator: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+    try:
+        from mmvig.ops.launch import unavailable
+    except ImportError as error:
+        return f'Triton cannot be imported ({error})'
+    reason = unavailable(torch.device(device_type, index), dtype)
+    if reason is None:
+        importlib.import_module(f'{operator}.triton')
+    return reason
+
+
+def use_triton(operator: str, backend: str, x: Tensor) -> bool:
+    """Whether an operator with the backends 'torch' and 'triton' is to run on the latter.
+
+    Args:
+        operator: as for :func:`why_not_triton`.
+        backend: 'torch', 'triton', or 'auto' for 'triton' where it can.
+        x: an input.
+
+    Raises:
+        ValueError: the backend is unknown, or is 'triton' and cannot run.
+    """
+    if backend == 'torch':
+        return False
+    if backend not in ('auto', 'triton'):
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    reason = why_not_triton(operator, x)
+    if reason and backend == 'triton':
+        raise ValueError(f"backend 'triton' cannot run here: {reason}; use backend='auto' or 'torch'")
+    return reason is None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast would compute a product with ``x`` in: its own where autocast is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

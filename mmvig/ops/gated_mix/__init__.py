@@ -1,0 +1,65 @@
+"""The mix of short and long context by a learned gate, the last step of ViG's token mixer."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmvig.ops.choice import use_triton
+
+__all__ = ['gated_mix']
+
+
+def gated_mix(
+    long: Tensor,
+    gate: Tensor,
+    short: Tensor,
+    weight_long: Tensor,
+    weight_short: Tensor,
+    eps: float = 1e-6,
+    *,
+    act: bool = False,
+    backend: str = 'auto',
+) -> Tensor:
+    """Mix ``g * RMSNorm(long) + (1 - g) * RMSNorm(short)`` with g = sigmoid(gate), norms per head.
+
+    This is the paper's 2D gated locality injection (arXiv 2405.18425): ``long`` is BiGLA's output,
+    ``short`` that of the depthwise convolution.
+
+    Args:
+        long, gate, short: ``[..., H * V]``, heads contiguous, of one shape and dtype.
+        weight_long, weight_short: weights ``[V]`` of the two norms, shared by the heads.
+        eps: of the norms. Default: 1e-6.
+        act: whether SiLU is applied to the result, as in plain ViG-T. Default: False.
+        backend: 'torch' (the definition), 'triton' (CUDA from compute capability 8.0: one pass with one
+            rounding, the same in the backward pass, no second derivative), or 'auto', 'triton' where it
+            can. Default: 'auto'.
+
+    Returns:
+        ``[..., H * V]`` in the inputs' dtype. Nothing but the inputs is kept for the backward pass with
+        'triton'.
+
+    Raises:
+        ValueError: shapes or dtypes disagree, the backend is unknown, or 'triton' cannot run.
+    """
+    head_dim = weight_long.shape[-1]
+    if not long.shape == gate.shape == short.shape or not long.dtype == gate.dtype == short.dtype:
+        found = ', '.join(f'{list(x.shape)} {x.dtype}' for x in (long, gate, short))
+        raise ValueError(f'long, gate and short must have one shape and dtype, got {found}')
+    if weight_long.shape != weight_short.shape or weight_long.ndim != 1 or long.shape[-1] % head_dim:
+        raise ValueError(
+            f'the weights must be [V] with V a divisor of the width {long.shape[-1]}, '
+            f'got {list(weight_long.shape)} and {list(weight_short.shape)}'
+        )
+    if use_triton(__name__, backend, long):
+        from mmvig.ops.gated_mix.triton import gated_mix_op
+
+        return gated_mix_op(long, gate, short, weight_long, weight_short, eps, act)
+    parts = [
+        # In the weight's dtype: under autocast x is half, and RMSNorm has no autocast rule everywhere.
+        F.rms_norm(x.unflatten(-1, (-1, head_dim)).to(weight.dtype), (head_dim,), weight, eps)
+        for x, weight in ((short, weight_short), (long, weight_long))
+    ]
+    y = torch.lerp(*parts, gate.sigmoid().unflatten(-1, (-1, head_dim)).to(parts[0].dtype))
+    if act:
+        y = F.silu(y)
+    return y.flatten(-2).to(long.dtype)

@@ -1,0 +1,135 @@
+"""What the Triton backends share: where they run, launching kernels, making PyTorch operators.
+
+Importing this module imports Triton.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+# The launcher's arguments are Triton's own affair: known for these versions, others go the public way.
+FAST_LAUNCH = not INTERPRETED and (3, 4) <= tuple(map(int, triton.__version__.split('.')[:2])) <= (3, 8)
+MIN_CAPABILITY = (8, 0)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels cannot run on a device and dtype, or None if they can."""
+    if dtype == torch.float64:
+        return 'it computes in float32, and the inputs are float64'
+    if INTERPRETED:
+        return None
+    if device.type != 'cuda':
+        return f'it runs on CUDA devices, and the inputs are on {device}'
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f'it needs compute capability 8.0 or newer, {device} has {".".join(map(str, capability))}'
+    if not any(map(shutil.which, (os.environ.get('CC', 'cc'), 'gcc', 'clang'))):
+        return 'it needs a C compiler (gcc or clang, or CC set) for its launchers, and there is none'
+    return None
+
+
+# Compiled kernels by what they were compiled for: Triton's own look-up takes longer than a small launch.
+_compiled: dict = {}
+
+
+def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: dict) -> None:
+    """Launch a kernel on the current device and stream.
+
+    Args:
+        kernel: a Triton kernel whose parameters are ``args``, then ``constants``.
+        key: what it is compiled for besides ``constants``, the device first; () if Triton must look.
+        grid: three numbers of programs.
+        args: its arguments.
+        constants: its constants, and Triton's ``num_warps`` and ``num_stages``.
+    """
+    found = _compiled.get((kernel.fn, key, *constants.values()))
+    if found:
+        run, function, metadata, values = found
+        stream = torch._C._cuda_getCurrentRawStream(key[0].index)
+        run(*grid, stream, function, metadata, None, None, None, *args, *values)
+        return
+    compiled = kernel[grid](*args, **constants)
+    if FAST_LAUNCH and key:
+        values = [constants[name] for name in kernel.arg_names if name in constants]
+        record = compiled.run, compiled.function, compiled.packed_metadata, values
+        _compiled[(kernel.fn, key, *constants.values())] = record
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Quotient rounded up (triton.cdiv takes microseconds)."""
+    return -(-a // b)
+
+
+@functools.lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; 1 for the interpreter."""
+    if device.type != 'cuda':
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# Not custom_op: on a CPU, empty functions take 67 us so, forward and backward, and 102 with it.
+_library = torch.library.Library('mmvig', 'FRAGMENT')
+
+
+def operator(schema: str, fake: Callable) -> Callable:
+    """Make a function the PyTorch operator ``mmvig::<schema>``; ``fake`` makes its empty results."""
+
+    def register(function: Callable) -> Callable:
+        name = schema.split('(')[0]
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(name, function, 'CompositeExplicitAutograd')
+        torch.library.register_fake(f'mmvig::{name}', fake, lib=_library)
+        return getattr(torch.ops.mmvig, name).default
+
+    return register
+
+
+def keep_inputs(inputs: tuple, output: object) -> tuple[tuple, tuple]:
+    """What an operator keeps for its backward one: its tensors and, after them, its options."""
+    count = sum(x is None or isinstance(x, Tensor) for x in inputs)
+    return inputs[:count], inputs[count:]
+
+
+def differentiate(name: str, backward: Callable, keep: Callable = keep_inputs) -> None:
+    """Make ``backward`` the gradients of the operator ``mmvig::<name>``; it has none itself.
+
+    ``keep(inputs, output)`` returns the tensors and options kept; ``backward`` takes the gradients of the
+    outputs, these tensors and these options, and returns the gradients of the operator's first arguments.
+    """
+
+    def save(ctx, inputs, output):
+        tensors, ctx.options = keep(inputs, output)
+        ctx.arguments = len(inputs)
+        ctx.save_for_backward(*tensors)
+
+    def run(ctx, *grads):
+        result = backward(*grads, *ctx.saved_tensors, *ctx.options)
+        result = result if isinstance(result, tuple) else (result,)
+        return *result, *[None] * (ctx.arguments - len(result))
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"{name}'s Triton backend has no second derivative; choose another backend for one"
+        )
+
+    torch.library.register_autograd(f'mmvig::{name}', run, setup_context=save, lib=_library)
+    torch.library.register_autograd(f'mmvig::{name}_backward', refuse, lib=_library)
+
+
+def empty_like_each(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous tensors of the same shapes."""
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+def compile_key(*tensors: Tensor) -> tuple:
+    """The key for :func:`launch` of kernels that are compiled for no number among their arguments."""
+    if any(x.data_ptr() % 16 for x in tensors):
+        return ()
+    return tensors[0].device, *[x.dtype for x in tensors]

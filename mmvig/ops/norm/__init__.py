@@ -1,0 +1,127 @@
+"""LayerNorm and RMSNorm over the last dimension with what stands around them in a residual network."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmvig.ops.choice import use_triton
+
+__all__ = ['ACTIVATIONS', 'add', 'add_norm', 'norm']
+
+ACTIVATIONS = {'none': lambda x: x, 'gelu': F.gelu, 'silu': F.silu}
+# Widest rows that the Triton kernels take.
+MAX_WIDTH = 8192
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    act: str = 'none',
+    channels_first: bool = False,
+    dtype: torch.dtype | None = None,
+    backend: str = 'auto',
+) -> Tensor:
+    """LayerNorm over channels, or RMSNorm where there is no bias, with what follows it.
+
+    Args:
+        x: maps ``[B, H, W, C]``.
+        weight: ``[C]``.
+        bias: ``[C]``. None: RMSNorm. Default: None.
+        eps: added to the variance or mean square. Default: 1e-5.
+        act: activation of the result, 'none', 'gelu' (exact) or 'silu'. Default: 'none'.
+        channels_first: whether the result is laid out as ``[B, C, H, W]``. Default: False.
+        dtype: of the result. None: x's. Default: None.
+        backend: 'torch' (the definition), 'triton' (CUDA from compute capability 8.0, C up to 8192: one
+            pass in float32, the same in the backward pass, no second derivative), or 'auto', 'triton'
+            where it can. Default: 'auto'.
+
+    Returns:
+        ``[B, H, W, C]``, with channels_first ``[B, C, H, W]``, contiguous. Nothing but the inputs is kept
+        for the backward pass with 'triton'.
+
+    Raises:
+        ValueError: shapes disagree, the activation or the backend is unknown, or 'triton' cannot run.
+    """
+    _check(x, weight, bias, act)
+    dtype = dtype or x.dtype
+    if _fits(backend, x):
+        from mmvig.ops.norm.triton import norm_op
+
+        return norm_op(x, weight, bias, eps, dtype, act, channels_first)
+    y = _norm(x, weight, bias, eps, act).to(dtype)
+    return y.permute(0, 3, 1, 2).contiguous() if channels_first else y
+
+
+def add_norm(
+    x: Tensor,
+    branch: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dtype: torch.dtype | None = None,
+    channels_first: bool = False,
+    backend: str = 'auto',
+) -> tuple[Tensor, Tensor]:
+    """Residual connection s = x + scale * branch, and :func:`norm` of s after it.
+
+    Args:
+        x: maps ``[B, H, W, C]``.
+        branch: ``[B, H, W, C]``, in any dtype.
+        scale: a factor for each sample ``[B]``, as stochastic depth has it; no gradient. None: 1.
+        weight, bias, eps, channels_first, dtype, backend: see :func:`norm`.
+
+    Returns:
+        s ``[B, H, W, C]`` in x's dtype, and the norm. With 'triton', s and the weights are what is kept for
+        the backward pass.
+
+    Raises:
+        ValueError: as :func:`norm`.
+    """
+    _check(x, weight, bias, 'none')
+    if branch.shape != x.shape or (scale is not None and scale.shape != x.shape[:1]):
+        found = f'{list(branch.shape)} and {None if scale is None else list(scale.shape)}'
+        raise ValueError(f'branch must have the shape of x, {list(x.shape)}, and scale [B], got {found}')
+    dtype = dtype or x.dtype
+    if _fits(backend, x):
+        from mmvig.ops.norm.triton import add_norm_op
+
+        return add_norm_op(x, branch, scale, weight, bias, eps, dtype, channels_first)
+    x = add(x, branch, scale)
+    y = _norm(x, weight, bias, eps, 'none').to(dtype)
+    return x, y.permute(0, 3, 1, 2).contiguous() if channels_first else y
+
+
+def add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """The sum that :func:`add_norm` has the norm of."""
+    if scale is not None:
+        branch = branch * scale[:, None, None, None]
+    return x + branch.to(x.dtype)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, act: str) -> Tensor:
+    if bias is None:  # in the weight's dtype: RMSNorm has no autocast rule everywhere
+        y = F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
+    else:
+        y = F.layer_norm(x, weight.shape, weight, bias, eps)
+    return ACTIVATIONS[act](y)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> None:
+    if x.ndim != 4 or any(w is not None and w.shape != x.shape[3:] for w in (weight, bias)):
+        found = f'{list(x.shape)}, {list(weight.shape)} and {None if bias is None else list(bias.shape)}'
+        raise ValueError(f'x must be [B, H, W, C], weight and bias [C], got {found}')
+    if act not in ACTIVATIONS:
+        raise ValueError(f'act must be one of {list(ACTIVATIONS)}, got {act!r}')
+
+
+def _fits(backend: str, x: Tensor) -> bool:
+    if x.shape[3] > MAX_WIDTH:
+        if backend == 'triton':
+            raise ValueError(f"backend 'triton' takes up to {MAX_WIDTH} channels, got {x.shape[3]}")
+        backend = 'torch'
+    return use_triton(__name__, backend, x)

@@ -1,0 +1,250 @@
+"""Norms by Triton: a row is all channels of one token, in float32; one pass forward, one backward."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmvig.ops.launch import ceil_div, compile_key, differentiate, launch, multiprocessors, operator
+
+# Elements of a tile; programs of the backward pass, which sum up the weights' gradients, a multiprocessor.
+TILE, BACKWARD_TILE, FILL = 2048, 2048, 4
+
+
+@triton.jit
+def normalised(x, mask, EPS: tl.constexpr, RMS: tl.constexpr, C: tl.constexpr):
+    """Rows without their mean (RMS: with it) and divided by their deviation, and its inverse."""
+    if not RMS:
+        x = tl.where(mask, x - (tl.sum(x, axis=1) / C)[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / C + EPS)[:, None]
+    return x * inverse, inverse
+
+
+@triton.jit
+def affine(x, p_w, p_b, columns, RMS: tl.constexpr, C: tl.constexpr):
+    """Times the weight, plus the bias."""
+    y = x * tl.load(p_w + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    if not RMS:
+        y += tl.load(p_b + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@triton.jit
+def result_offsets(rows, columns, N, FIRST: tl.constexpr, C: tl.constexpr):
+    """Where a row's results are: [B, N, C], FIRST: [B, C, N]."""
+    if FIRST:
+        sample = rows // N
+        return (sample.to(tl.int64) * N * (C - 1) + rows)[:, None] + columns[None, :].to(tl.int64) * N
+    else:
+        return rows.to(tl.int64)[:, None] * C + columns[None, :]
+
+
+@triton.jit(do_not_specialize=['M', 'N'])
+def forward_kernel(
+    p_x, p_branch, p_scale, p_w, p_b, p_s, p_y, M, N,
+    C: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
+    SCALED: tl.constexpr, FIRST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Make s = x + scale * branch (ADD) and y = act(norm(s)) of M rows [M, C], N of them a sample."""
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    columns = tl.arange(0, BC)
+    mask = (rows < M)[:, None] & (columns < C)[None, :]
+    at = rows.to(tl.int64)[:, None] * C + columns[None, :]
+    x = tl.load(p_x + at, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        branch = tl.load(p_branch + at, mask=mask, other=0.0).to(tl.float32)
+        if SCALED:
+            branch *= tl.load(p_scale + rows // N, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+        x += branch
+        s = x.to(p_s.dtype.element_ty)
+        tl.store(p_s + at, s, mask=mask)
+        x = s.to(tl.float32)  # as it is kept for the backward pass
+    x, _ = normalised(x, mask, EPS, RMS, C)
+    y = affine(x, p_w, p_b, columns, RMS, C)
+    if ACT == 'gelu':
+        y *= 0.5 + 0.5 * tl.erf(y * 0.7071067811865476)
+    elif ACT == 'silu':
+        y *= tl.sigmoid(y)
+    tl.store(p_y + result_offsets(rows, columns, N, FIRST, C), y.to(p_y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=['M', 'N'])
+def backward_kernel(
+    p_ds, p_dy, p_s, p_scale, p_w, p_b, p_dx, p_dbranch, p_dw, M, N,
+    C: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
+    SCALED: tl.constexpr, FIRST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of x, with ADD of the branch, and this program's share of dw [2, programs, C]."""
+    columns = tl.arange(0, BC)
+    w = tl.load(p_w + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    dw = tl.zeros([BR, BC], tl.float32)
+    db = tl.zeros([BR, BC], tl.float32)
+    for i in range(tl.program_id(0), tl.cdiv(M, BR), tl.num_programs(0)):
+        rows = i * BR + tl.arange(0, BR)
+        mask = (rows < M)[:, None] & (columns < C)[None, :]
+        at = rows.to(tl.int64)[:, None] * C + columns[None, :]
+        s = tl.load(p_s + at, mask=mask, other=0.0).to(tl.float32)
+        p_in = p_dy + result_offsets(rows, columns, N, FIRST, C)
+        dy = tl.load(p_in, mask=mask, other=0.0).to(tl.float32)
+        x, inverse = normalised(s, mask, EPS, RMS, C)
+        if ACT != 'none':
+            y = affine(x, p_w, p_b, columns, RMS, C)
+            if ACT == 'gelu':
+                density = 0.3989422804014327 * tl.exp(-0.5 * y * y)
+                dy *= 0.5 + 0.5 * tl.erf(y * 0.7071067811865476) + y * density
+            else:
+                sigmoid = tl.sigmoid(y)
+                dy *= sigmoid + y * sigmoid * (1 - sigmoid)
+        dw += dy * x
+        db += dy
+        dx = dy * w
+        mean = (tl.sum(dx * x, axis=1) / C)[:, None] * x
+        if not RMS:
+            mean += (tl.sum(dx, axis=1) / C)[:, None]
+        dx = inverse * (dx - mean)
+        if ADD:
+            dx += tl.load(p_ds + at, mask=mask, other=0.0).to(tl.float32)
+            dbranch = dx
+            if SCALED:
+                dbranch *= tl.load(p_scale + rows // N, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+            tl.store(p_dbranch + at, dbranch.to(p_dbranch.dtype.element_ty), mask=mask)
+        tl.store(p_dx + at, dx.to(p_dx.dtype.element_ty), mask=mask)
+    p_dw += tl.program_id(0).to(tl.int64) * C + columns
+    tl.store(p_dw, tl.sum(dw, axis=0), mask=columns < C)
+    if not RMS:
+        tl.store(p_dw + tl.num_programs(0).to(tl.int64) * C, tl.sum(db, axis=0), mask=columns < C)
+
+
+def constants(width: int, tile: int, eps: float, rms: bool, act: str, add: bool, scaled: bool, first: bool):
+    """Constants of a kernel with tiles of about ``tile`` elements."""
+    block = triton.next_power_of_2(width)
+    return {
+        'C': width, 'EPS': eps, 'RMS': rms, 'ACT': act, 'ADD': add, 'SCALED': scaled, 'FIRST': first,
+        'BR': max(1, tile // block), 'BC': block, 'num_warps': 4 if block <= 2048 else 8,
+    }  # fmt: skip
+
+
+def forward(x, branch, scale, weight, bias, eps, dtype, act, first):
+    """The sum (None where there is no branch) and its norm."""
+    x, branch, scale, weight, bias = contiguous(x, branch, scale, weight, bias)
+    batch, height, width, channels = x.shape
+    s = None if branch is None else x.new_empty(x.shape)
+    y = x.new_empty((batch, channels, height, width) if first else x.shape, dtype=dtype)
+    if y.numel():
+        rows = batch * height * width
+        options = constants(
+            channels, TILE, eps, bias is None, act, branch is not None, scale is not None, first
+        )
+        tensors = [x if each is None else each for each in (x, branch, scale, weight, bias, s, y)]
+        with torch.cuda.device_of(x):
+            grid = ceil_div(rows, options['BR']), 1, 1
+            launch(forward_kernel, compile_key(*tensors), grid, (*tensors, rows, height * width), options)
+    return s, y
+
+
+def backward(ds, dy, s, scale, weight, bias, eps, act, first, branch_dtype):
+    """dx, the branch's gradient (None where there is no ds), and dw [2 or 1, C] in float32."""
+    ds, dy, s, scale, weight, bias = contiguous(ds, dy, s, scale, weight, bias)
+    batch, height, width, channels = s.shape
+    dx = s.new_empty(s.shape)
+    dbranch = None if ds is None else s.new_empty(s.shape, dtype=branch_dtype)
+    rows = batch * height * width
+    options = constants(
+        channels, BACKWARD_TILE, eps, bias is None, act, ds is not None, scale is not None, first
+    )
+    programs = min(ceil_div(rows, options['BR']), FILL * multiprocessors(s.device))
+    dw = s.new_empty(1 if bias is None else 2, programs, channels, dtype=torch.float32)
+    if programs:
+        tensors = [s if each is None else each for each in (ds, dy, s, scale, weight, bias, dx, dbranch)]
+        with torch.cuda.device_of(s):
+            arguments = (*tensors, dw, rows, height * width)
+            launch(backward_kernel, compile_key(*tensors), (programs, 1, 1), arguments, options)
+    return dx, dbranch, dw.sum(1)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, copied where they are not contiguous."""
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def of_weights(dw: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of weight and bias in their dtypes, of dw in float32."""
+    return dw[0].to(weight.dtype), None if bias is None else dw[1].to(bias.dtype)
+
+
+WEIGHTS = 'Tensor weight, Tensor? bias, float eps'
+
+
+def shape_of(x: Tensor, first: bool) -> tuple[int, ...]:
+    """The shape of maps like ``x``, with channels first or last."""
+    batch, height, width, channels = x.shape
+    return (batch, channels, height, width) if first else (batch, height, width, channels)
+
+
+@operator(
+    f'norm(Tensor x, {WEIGHTS}, ScalarType dtype, str act, bool first) -> Tensor',
+    lambda x, weight, bias, eps, dtype, act, first: x.new_empty(shape_of(x, first), dtype=dtype),
+)
+def norm_op(x, weight, bias, eps, dtype, act, first):
+    """:func:`mmvig.ops.norm.norm` by Triton; arguments are validated."""
+    return forward(x, None, None, weight, bias, eps, dtype, act, first)[1]
+
+
+@operator(
+    f'norm_backward(Tensor dy, Tensor x, {WEIGHTS}, str act, bool first) -> (Tensor, Tensor)',
+    lambda dy, x, weight, bias, *rest: (x.new_empty(x.shape), _fake_dw(weight, bias)),
+)
+def norm_backward_op(dy, x, weight, bias, eps, act, first):
+    """Gradients of :func:`norm_op`, those of the weights side by side in float32."""
+    dx, _, dw = backward(None, dy, x, None, weight, bias, eps, act, first, None)
+    return dx, dw
+
+
+@operator(
+    f'add_norm(Tensor x, Tensor branch, Tensor? scale, {WEIGHTS}, ScalarType dtype, bool first)'
+    ' -> (Tensor, Tensor)',
+    lambda x, branch, scale, weight, bias, eps, dtype, first: (
+        x.new_empty(x.shape),
+        x.new_empty(shape_of(x, first), dtype=dtype),
+    ),
+)
+def add_norm_op(x, branch, scale, weight, bias, eps, dtype, first):
+    """:func:`mmvig.ops.norm.add_norm` by Triton; arguments are validated."""
+    return forward(x, branch, scale, weight, bias, eps, dtype, 'none', first)
+
+
+@operator(
+    f'add_norm_backward(Tensor ds, Tensor dy, Tensor s, Tensor? scale, {WEIGHTS}, bool first,'
+    ' ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)',
+    lambda ds, dy, s, scale, weight, bias, eps, first, branch_dtype: (
+        s.new_empty(s.shape),
+        s.new_empty(s.shape, dtype=branch_dtype),
+        _fake_dw(weight, bias),
+    ),
+)
+def add_norm_backward_op(ds, dy, s, scale, weight, bias, eps, first, branch_dtype):
+    """Gradients of :func:`add_norm_op`, those of the weights side by side in float32."""
+    return backward(ds, dy, s, scale, weight, bias, eps, 'none', first, branch_dtype)
+
+
+def _fake_dw(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight.new_empty(1 if bias is None else 2, weight.shape[0], dtype=torch.float32)
+
+
+def _norm_backward(dy, x, weight, bias, eps, dtype, act, first):
+    dx, dw = norm_backward_op(dy, x, weight, bias, eps, act, first)
+    return dx, *of_weights(dw, weight, bias)
+
+
+def _keep_sum(inputs, output):
+    _, branch, scale, weight, bias, eps, _, first = inputs
+    return (output[0], scale, weight, bias), (eps, first, branch.dtype)
+
+
+def _add_norm_backward(ds, dy, s, scale, weight, bias, eps, first, branch_dtype):
+    dx, dbranch, dw = add_norm_backward_op(ds, dy, s, scale, weight, bias, eps, first, branch_dtype)
+    return dx, dbranch, None, *of_weights(dw, weight, bias)
+
+
+differentiate('norm', _norm_backward)
+differentiate('add_norm', _add_norm_backward, _keep_sum)

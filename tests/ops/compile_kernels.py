@@ -1,0 +1,74 @@
+"""Compile all kernels for a compute capability without a GPU: prints names and bytes of shared memory.
+
+Run by test_bigla_triton.py in a process of its own, since Triton compiles nothing where it interprets.
+"""
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mmvig.ops.bigla import kernels
+from mmvig.ops.bigla.triton import plan
+
+TYPES = {'p_sum': '*fp32', 'p_table': '*fp16', 'p_mask': '*i16', 'scale': 'fp32', 'inv': 'fp32'}
+# Of the fused operators: the residual stream, weights and their gradients are in float32.
+FUSED_TYPES = dict.fromkeys(['p_s', 'p_ds', 'p_scale', 'p_w', 'p_b', 'p_wl', 'p_ws', 'p_dw'], '*fp32')
+
+
+def compile_for(capability: int, kernel, constants: dict, types: dict) -> int:
+    constants = dict(constants)
+    options = {name: constants.pop(name) for name in ('num_warps', 'num_stages') if name in constants}
+    signature = {}
+    for argument in kernel.arg_names:
+        default = '*bf16' if argument.startswith('p_') else 'i32'
+        signature[argument] = 'constexpr' if argument in constants else types.get(argument, default)
+    attributes = {
+        (i,): [['tt.divisibility', 16]] for i, x in enumerate(signature.values()) if x.startswith('*')
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options).metadata.shared
+
+
+def bigla_launches():
+    """Kernels and constants of BiGLA at K = 16, V = 32."""
+    p = plan(16, 32, torch.bfloat16)
+    shared = {'UNIT': 8, 'SAME': True}
+    yield kernels.states_kernel, {**p['states'], **shared, 'NC': 1, 'BACKWARD': True}
+    yield kernels.scan_kernel, {**p['scan'], 'NC': 1, 'BW': 2, 'BR': 8, 'num_warps': 1, 'num_stages': 1}
+    for strong in (False, True):
+        form = {**shared, 'STRONG': strong, 'GROUP': 16}
+        yield kernels.output_kernel, {**p['output'], 'NC': 1, 'ALONE': False, 'SWAP': False, **form}
+        yield kernels.gradient_kernel, {**p['gradient'], **form}
+
+
+def fused_launches():
+    """Kernels and constants of the fused operators at 384 channels."""
+    from mmvig.ops.dwconv import triton as dwconv
+    from mmvig.ops.gated_mix import triton as gated_mix
+    from mmvig.ops.norm import triton as norm
+    from mmvig.ops.swiglu import triton as swiglu
+
+    weight, cpu = torch.empty(32), torch.device('cpu')
+    for name in ('forward_kernel', 'backward_kernel'):
+        forward = name == 'forward_kernel'
+        yield getattr(swiglu, name), {'D': 1024, **swiglu.BLOCKS}
+        tile = gated_mix.TILE if forward else gated_mix.BACKWARD_TILE
+        yield getattr(gated_mix, name), gated_mix.constants(weight, 1e-6, False, tile)
+        tile = dwconv.TILE if forward else dwconv.BACKWARD_TILE
+        yield getattr(dwconv, name), dwconv.divide((2, 14, 14, 384), tile, cpu)[0]
+        tile = norm.TILE if forward else norm.BACKWARD_TILE
+        yield getattr(norm, name), norm.constants(384, tile, 1e-5, False, 'none', True, True, False)
+
+
+def main() -> None:
+    for launches, types in ((bigla_launches(), TYPES), (fused_launches(), FUSED_TYPES)):
+        for kernel, constants in launches:
+            shared = compile_for(int(sys.argv[1]), kernel, constants, types)
+            print(kernel.__module__, kernel.__name__, shared, flush=True)
+
+
+if __name__ == '__main__':
+    main()

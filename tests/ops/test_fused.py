@@ -1,0 +1,393 @@
+"""The fused operators: small cases in Triton's interpreter, a model's sizes on a GPU (pytest -m gpu)."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mmvig.backbones import ViG, ViGH
+from mmvig.ops.dwconv import dwconv3x3
+from mmvig.ops.gated_mix import gated_mix
+from mmvig.ops.norm import add_norm, norm
+from mmvig.ops.swiglu import swiglu
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = 'cuda' if ON_GPU else 'cpu'  # where conftest.py has Triton interpret its kernels
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZE = (2, 5, 7, 24)  # batch, height, width, channels
+gpu = pytest.mark.gpu
+
+
+@dataclass
+class Case:
+    """An operator with the shapes of its tensors for maps [B, H, W, C], ``weights`` of them last."""
+
+    run: Callable
+    shapes: Callable[..., list[tuple[int, ...]]]
+    weights: int = 0
+
+
+def norm_case(act='none', rms=False, channels_first=False):
+    def run(x, *weights, **options):
+        return norm(x, *weights, act=act, channels_first=channels_first, **options)
+
+    return Case(run, lambda *s: [s, *[s[-1:]] * (2 - rms)], 2 - rms)
+
+
+def add_norm_case(rms=False, scaled=False, channels_first=False):
+    def run(x, branch, *weights, **options):
+        scale = torch.arange(len(x), device=x.device) / 4 if scaled else None
+        return add_norm(x, branch, scale, *weights, channels_first=channels_first, **options)
+
+    return Case(run, lambda *s: [s, s, *[s[-1:]] * (2 - rms)], 2 - rms)
+
+
+def gated_mix_case(act):
+    def run(*tensors, **options):
+        return gated_mix(*tensors, act=act, **options)
+
+    return Case(run, lambda *s: [s, s, s, *[(s[-1] // 2 if s[-1] % 2 == 0 else s[-1],)] * 2], 2)
+
+
+CASES = {
+    'norm': norm_case(),
+    'norm gelu': norm_case('gelu'),
+    'norm silu first': norm_case('silu', channels_first=True),
+    'norm rms first': norm_case(rms=True, channels_first=True),
+    'add_norm': add_norm_case(),
+    'add_norm scaled first': add_norm_case(scaled=True, channels_first=True),
+    'add_norm rms scaled': add_norm_case(rms=True, scaled=True),
+    'gated_mix': gated_mix_case(False),
+    'gated_mix act': gated_mix_case(True),
+    'swiglu': Case(swiglu, lambda *s: [(*s[:-1], 2 * s[-1])]),
+    'dwconv': Case(dwconv3x3, lambda *s: [s, (s[-1], 1, 3, 3)], 1),
+}
+every_case = pytest.mark.parametrize('name', CASES)
+
+
+def make_inputs(case, size=SIZE, dtype=torch.float32, weight_dtype=None, seed=0):
+    """Tensors of a case, mild weights around 1 among them."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = case.shapes(*size)
+    inputs = []
+    for i, shape in enumerate(shapes):
+        x = torch.randn(shape, generator=generator)
+        is_weight = i >= len(shapes) - case.weights
+        x = 1 + x / 4 if is_weight else x + 0.3
+        inputs.append(x.to(DEVICE, (weight_dtype or dtype) if is_weight else dtype))
+    return inputs
+
+
+def run(case, inputs, backend, seed=1):
+    """Outputs and the gradients of all inputs of a fixed random projection of them."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = case.run(*inputs, backend=backend)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(seed)
+    # Of few digits, so that they are the same in every dtype.
+    given = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
+    return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, given)]
+
+
+def assert_accurate(case, inputs):
+    """Errors against float64 of at most plain PyTorch's in the same dtype, or of a few roundings.
+
+    The interpreter truncates to bf16 where a GPU rounds: twice the error.
+    """
+    truth = run(case, [x.double() for x in inputs], 'torch')
+    plain, actual = run(case, inputs, 'torch'), run(case, inputs, 'triton')
+    for i, (a, p, t) in enumerate(zip(actual, plain, truth, strict=True)):
+        assert a.dtype == p.dtype and a.shape == p.shape and a.is_contiguous(), i
+        largest = max(t.abs().max().item(), 1e-2)  # inputs are near 1
+        error, plain_error = ((x.double() - t).abs().max().item() for x in (a, p))
+        few = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[a.dtype]
+        slack = 2 if a.dtype == torch.bfloat16 and not ON_GPU else 1
+        assert error <= slack * max(1.1 * plain_error, few * largest), (i, error, plain_error, largest)
+
+
+@every_case
+def test_accurate(name):
+    assert_accurate(CASES[name], make_inputs(CASES[name]))
+
+
+@every_case
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_with_float32_weights(name, dtype):
+    case = CASES[name]
+    if name.startswith(('norm', 'add_norm', 'gated_mix')):  # plain convolutions take one dtype
+        assert_accurate(case, make_inputs(case, (1, 3, 4, 24), dtype, torch.float32))
+    assert_accurate(case, make_inputs(case, (1, 3, 4, 24), dtype))
+
+
+@every_case
+@pytest.mark.parametrize('size', [(1, 1, 1, 1), (2, 1, 9, 33), (1, 12, 1, 130), (3, 2, 40, 3)])
+def test_odd_sizes(name, size):
+    assert_accurate(CASES[name], make_inputs(CASES[name], size))
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    name=st.sampled_from(list(CASES)),
+    size=st.tuples(*(st.integers(1, n) for n in (2, 6, 9, 40))),
+    order=st.permutations([0, 1, 2, 3]),
+)
+def test_any_size_and_stride(name, size, order):
+    inputs = make_inputs(CASES[name], size)
+    back = [order.index(i) for i in range(4)]
+    strided = [
+        x.permute(order).contiguous().permute(back) if x.shape[:3] == size[:3] else x for x in inputs
+    ]
+    for a, e in zip(run(CASES[name], strided, 'triton'), run(CASES[name], inputs, 'triton'), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_residuals_stay_in_float32():
+    """A sum in float32 of a branch in bf16, its norm in bf16: as autocast has them."""
+    x, branch, weight, bias = (
+        y.requires_grad_() for y in make_inputs(CASES['add_norm'], weight_dtype=torch.float32)
+    )
+    results = {}
+    for backend in ('torch', 'triton'):
+        low = branch.bfloat16()
+        s, y = add_norm(x, low, None, weight, bias, dtype=torch.bfloat16, backend=backend)
+        assert s.dtype == torch.float32 and y.dtype == torch.bfloat16
+        grads = torch.autograd.grad((s.sum() + y.float().square().sum()), (x, low, weight, bias))
+        assert [g.dtype for g in grads] == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+        results[backend] = s, y.float(), *(g.float() for g in grads)
+    for a, e in zip(results['triton'], results['torch'], strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=2**-6 * e.abs().max().item())
+
+
+def test_half_precision_of_a_convolution_is_autocasts():
+    x, weight = make_inputs(CASES['dwconv'])
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for backend in ('torch', 'triton'):
+            assert dwconv3x3(x, weight, backend=backend).dtype == torch.bfloat16
+
+
+@every_case
+def test_same_bits_however_it_runs(name):
+    """Twice; in training and evaluation."""
+    inputs = make_inputs(CASES[name])
+    first, second = (run(CASES[name], inputs, 'triton') for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    with torch.no_grad():
+        outputs = CASES[name].run(*inputs, backend='triton')
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert all(map(torch.equal, outputs, first))
+
+
+@every_case
+def test_empty_batch(name):
+    case = CASES[name]
+    for a, e in zip(
+        *(run(case, make_inputs(case, (0, *SIZE[1:])), b) for b in ('triton', 'torch')), strict=True
+    ):
+        assert a.shape == e.shape and not a.count_nonzero()
+
+
+@every_case
+def test_second_derivative_is_refused(name):
+    inputs = [x.requires_grad_() for x in make_inputs(CASES[name])]
+    outputs = CASES[name].run(*inputs, backend='triton')
+    out = outputs[-1] if isinstance(outputs, tuple) else outputs
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match='no second derivative'):
+        torch.autograd.grad(grad.sum(), inputs)
+
+
+@every_case
+def test_is_a_torch_operator(name):
+    inputs = [x.requires_grad_() for x in make_inputs(CASES[name])]
+    torch.library.opcheck(operator_of(name), arguments_of(name, inputs))
+
+
+def operator_of(name):
+    """The PyTorch operator that a case calls."""
+    import mmvig.ops.dwconv.triton
+    import mmvig.ops.gated_mix.triton
+    import mmvig.ops.norm.triton
+    import mmvig.ops.swiglu.triton  # noqa: F401
+
+    first = name.split()[0]
+    return getattr(torch.ops.mmvig, {'dwconv': 'dwconv3x3'}.get(first, first)).default
+
+
+def arguments_of(name, inputs):
+    """All arguments of the operator of a case."""
+    words = name.split()
+    bias = [None] if 'rms' in words else []
+    if words[0] == 'norm':
+        act = next((word for word in words if word in ('gelu', 'silu')), 'none')
+        return *inputs, *bias, 1e-5, torch.float32, act, 'first' in words
+    if words[0] == 'add_norm':
+        scale = torch.rand(len(inputs[0]), device=DEVICE) if 'scaled' in words else None
+        return *inputs[:2], scale, *inputs[2:], *bias, 1e-5, torch.float32, 'first' in words
+    if words[0] == 'gated_mix':
+        return *inputs, 1e-6, 'act' in words
+    return tuple(inputs)
+
+
+@every_case
+def test_torch_compile_with_dynamic_sizes(name):
+    case = CASES[name]
+
+    def function(*x):
+        outputs = case.run(*x, backend='triton')
+        return sum(y.sin().sum() for y in outputs) if isinstance(outputs, tuple) else outputs.sin().sum()
+
+    backend = 'inductor' if ON_GPU else 'aot_eager'
+    torch.compiler.reset()  # the cases share code, and one function is compiled only so often
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for size in ((2, 5, 7, 24), (2, 9, 3, 24)):
+        inputs = [x.requires_grad_() for x in make_inputs(case, size)]
+        results = [torch.autograd.grad(f(*inputs), inputs) for f in (compiled, function)]
+        for a, e in zip(*results, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize(
+    'call, message',
+    [
+        (lambda x: swiglu(x[..., :3]), 'even width'),
+        (lambda x: swiglu(x, backend='cuda'), "'auto', 'torch' or 'triton'"),
+        (lambda x: swiglu(x.double(), backend='triton'), 'float64'),
+        (lambda x: dwconv3x3(x, x), r'\[C, 1, 3, 3\]'),
+        (lambda x: norm(x, x), r'weight and bias \[C\]'),
+        (lambda x: norm(x, x[0, 0, 0], act='relu'), "one of .*'gelu'"),
+        (lambda x: add_norm(x, x[:1], None, x[0, 0, 0]), 'shape of x'),
+        (lambda x: gated_mix(x, x, x[:1], x[0, 0, 0], x[0, 0, 0]), 'one shape and dtype'),
+        (lambda x: gated_mix(x, x, x, x[0, 0, 0, :5], x[0, 0, 0, :5]), 'divisor of the width'),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(SIZE))
+
+
+MODELS = {
+    'ViGH': lambda **k: ViGH(
+        {'embed_dims': 16, 'depths': [1, 2], 'num_heads': [1, 2]}, out_indices=(1,), **k
+    ),
+    'ViG': lambda **k: ViG(
+        {'embed_dims': 32, 'depth': 2, 'num_heads': 1, 'conv_act': True, 'out_act': True},
+        out_indices=(0, 1),
+        img_size=32,
+        **k,
+    ),
+}
+
+
+def compute(model, x, dtype=None):
+    """Maps and gradients of all parameters, dropped paths among them the same each time."""
+    torch.manual_seed(0)
+    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+        maps = model(x)
+    grads = torch.autograd.grad(sum(y.double().sin().sum() for y in maps), list(model.parameters()))
+    return maps, grads
+
+
+@pytest.mark.parametrize('name, with_cp', [('ViGH', False), ('ViGH', True), ('ViG', False)])
+def test_models_compute_the_same(name, with_cp):
+    torch.manual_seed(0)
+    plain = MODELS[name](backend='chunked', drop_path_rate=0.5).to(DEVICE).train()
+    fused = MODELS[name](backend='triton', drop_path_rate=0.5, with_cp=with_cp).to(DEVICE).train()
+    fused.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 13, 16, device=DEVICE)
+    for a, e in zip(*(sum(map(tuple, compute(model, x)), ()) for model in (fused, plain)), strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=2e-5 * max(e.abs().max().item(), 1e-3))
+
+
+def test_mixed_precision_gives_nothing_away():
+    torch.manual_seed(0)
+    plain = MODELS['ViGH'](backend='chunked').to(DEVICE).train()
+    fused = MODELS['ViGH'](backend='triton').to(DEVICE).train()
+    fused.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 16, 16, device=DEVICE)
+    results = [compute(model, x, torch.bfloat16) for model in (fused, plain)]
+    truth = compute(plain.double(), x.double())
+    for (a, a_grads), (p, p_grads) in [results]:
+        assert [y.dtype for y in a] == [y.dtype for y in p]
+        errors = [
+            torch.stack([(y - t).norm() for y, t in zip(of, true, strict=True)]).norm().item()
+            for of, true in ((a, truth[0]), (p, truth[0]), (a_grads, truth[1]), (p_grads, truth[1]))
+        ]
+    slack = 1.25 if ON_GPU else 4.0  # the interpreter truncates to bf16
+    assert errors[0] <= slack * errors[1] and errors[2] <= slack * errors[3], errors
+
+
+# On a GPU from here on.
+
+
+@gpu
+@every_case
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_sweep(name, dtype):
+    case = CASES[name]
+    for size in ((2, 56, 56, 96), (3, 25, 38, 768), (1, 14, 15, 1024), (2, 200, 304, 48)):
+        assert_accurate(case, make_inputs(case, size, dtype))
+
+
+@gpu
+@every_case
+def test_compiles_for_no_size(name):
+    case = CASES[name]
+
+    def compiled():
+        module = importlib.import_module(f'mmvig.ops.{name.split()[0].removeprefix("add_")}.triton')
+        kernels = module.forward_kernel, module.backward_kernel
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    run(case, make_inputs(case, (2, 5, 7, 32)), 'triton')
+    before = compiled()
+    for i in range(20):
+        run(case, make_inputs(case, (1 + i % 3, 1 + 3 * i, 1 + 5 * i, 32)), 'triton')
+    assert compiled() == before
+
+
+@gpu
+@every_case
+def test_cuda_graph(name):
+    case = CASES[name]
+    inputs = make_inputs(case)
+    with torch.no_grad():
+        expected = case.run(*inputs, backend='triton')
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            actual = case.run(*inputs, backend='triton')
+    graph.replay()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+@every_case
+def test_runs_on_the_tensors_device(name):
+    case = CASES[name]
+    inputs = make_inputs(case)
+    expected = run(case, inputs, 'triton')
+    with torch.cuda.device(0):
+        for a, e in zip(run(case, [x.to('cuda:1') for x in inputs], 'triton'), expected, strict=True):
+            assert a.device.index == 1 and torch.equal(a.to(e.device), e)
+
+
+@gpu
+@every_case
+def test_more_elements_than_32_bits_count(name):
+    case = CASES[name]
+    size = (3, 1000, 8192, 96)  # 2.4e9 elements
+    inputs: list[Tensor] = []
+    for shape in case.shapes(*size):
+        inputs.append(torch.randn(shape, device='cuda', dtype=torch.bfloat16))
+    with torch.no_grad():
+        outputs = case.run(*inputs, backend='triton')
+        small = [x[2:] if x.shape[0] == 3 and x.ndim == 4 else x for x in inputs]
+        last = case.run(*small, backend='triton')
+    if 'scaled' not in name.split():  # its factors are those of other samples
+        for a, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (outputs, last)), strict=True):
+            assert torch.equal(a[2:], e)
