@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mmvig.backbones import ViG, ViGH
+from mmvig.backbones.layers import SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,12 +72,14 @@ class LayerByLayer:
     def __init__(self, model):
         self.macs = 0
         for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, GatedTokenMixer)):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, GatedTokenMixer, SwiGLU)):
                 module.register_forward_hook(self.add)
 
     def add(self, module, inputs, output):
         if isinstance(module, nn.Linear):
             self.macs += output.numel() * module.in_features
+        elif isinstance(module, SwiGLU):  # its second projection is not called as a module
+            self.macs += output.numel() * module.fc2.in_features
         elif isinstance(module, GatedTokenMixer):
             channels = output.shape[-1]
             heads, tokens = module.num_heads, output.numel() // channels

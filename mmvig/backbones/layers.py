@@ -105,7 +105,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        return self.fc2(swiglu(self.fc1(x), backend=self.backend))
+        return swiglu(self.fc1(x), self.fc2.weight, backend=self.backend)
 
 
 class DropPath(nn.Module):

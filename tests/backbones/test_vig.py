@@ -258,21 +258,6 @@ def test_initialisation():
             assert 0.9 * bound < module.weight.abs().max() <= bound
 
 
-def test_exports_with_dynamic_size():
-    model = ViG({**MINI, 'depth': 2}, out_indices=(0, 1)).eval()
-    sizes = {
-        2: torch.export.Dim('height', min=23, max=4096),
-        3: torch.export.Dim('width', min=23, max=4096),
-    }
-    example = torch.randn(1, 3, 96, 112)
-    with torch.no_grad():
-        exported = torch.export.export(model, (example,), dynamic_shapes={'x': sizes}).module()
-        for size in [(64, 64), (224, 224), (39, 130)]:
-            x = torch.randn(1, 3, *size)
-            for out, expected in zip(exported(x), model(x), strict=True):
-                torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ('options', 'message'),
     [

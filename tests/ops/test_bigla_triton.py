@@ -76,12 +76,12 @@ def assert_accurate(inputs):
 @pytest.mark.parametrize('gates', GATES)
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_accurate(dtype, gates):
-    assert_accurate(make_inputs(37, gates=gates, dtype=dtype))
+    assert_accurate(make_inputs(20, gates=gates, dtype=dtype))
 
 
-@pytest.mark.parametrize('num_tokens', [1, 2, 15, 16, 17, 33])
+@pytest.mark.parametrize('num_tokens', [1, 2, 16, 17, 33])
 def test_lengths_around_a_chunk(num_tokens):
-    assert_accurate(make_inputs(num_tokens, heads=1 if num_tokens > 17 else 3))
+    assert_accurate(make_inputs(num_tokens, heads=1 if num_tokens > 16 else 3))
 
 
 @pytest.mark.parametrize('key, value', [(8, 24), (24, 16), (32, 64)])
@@ -89,7 +89,7 @@ def test_widths(key, value):
     assert_accurate(make_inputs(20, key, value))
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     batch=st.integers(1, 2),
     num_tokens=st.integers(1, 34),
@@ -211,7 +211,7 @@ def test_is_a_torch_operator():
     torch.library.opcheck(backend.bigla_packed_op, (qkv, gates, 1, 0.25, 16.0))
 
 
-@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('packed', [pytest.param(False, marks=gpu), True])
 def test_torch_compile_with_dynamic_length(packed):
     def function(*x):
         out = bigla_packed(*x, 1, backend='triton') if packed else bigla(*x, backend='triton')
@@ -269,7 +269,7 @@ def test_kernels_fit_other_gpus(capability):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = [int(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(shared) == 14 and max(shared) <= 99 * 1024, done.stdout
+    assert len(shared) == 15 and max(shared) <= 99 * 1024, done.stdout
 
 
 # On a GPU from here on.

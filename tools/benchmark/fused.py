@@ -88,9 +88,9 @@ def mix(shape: tuple[int, ...], low: torch.dtype) -> tuple[Callable, list[Tensor
 
 
 def activation(shape: tuple[int, ...], low: torch.dtype) -> tuple[Callable, list[Tensor]]:
-    """SwiGLU's activation at ViG-H's hidden width."""
+    """SwiGLU's activation and second projection at ViG-H's hidden width: the floor has no arithmetic."""
     hidden = 32 * -(-int(8 * shape[3] / 3) // 32)
-    return swiglu, [random((*shape[:3], 2 * hidden), low)]
+    return swiglu, [random((*shape[:3], 2 * hidden), low), random((shape[3], hidden), low)]
 
 
 OPERATORS = {
