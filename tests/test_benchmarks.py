@@ -4,13 +4,12 @@ import argparse
 import importlib
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_well
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,21 +21,8 @@ _base_ = [{str(MASK_RCNN)!r}]
 arch = dict(_delete_=True, embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
 model = dict(backbone=dict(arch=arch), neck=dict(in_channels=[32, 64, 128, 256]))
 """
+CPU = ['--device', 'cpu']
 TIMES = {'median', 'p10', 'p90'}
-
-
-def run(script, *arguments, cwd):
-    """Run a benchmark as a user does; what it printed."""
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / script, '--device', 'cpu', *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def assert_positive(row, keys):
@@ -57,7 +43,7 @@ def module(monkeypatch):
 
 def test_backbones(tmp_path):
     models = ['--models', 'ViG-H-T', 'Swin-T', 'DeiT-T', '--peers-from', 'torchvision']
-    said = run('backbone.py', '--quick', '--shapes', '32x64 b2', *models, cwd=tmp_path)
+    said = run_well('benchmark/backbone.py', *CPU, '--quick', '--shapes', '32x64 b2', *models, cwd=tmp_path)
     out = tmp_path / 'work_dirs/benchmark'
     report = json.loads((out / 'backbone.json').read_text())
     assert report['complete'] and report['torch'] == torch.__version__
@@ -79,7 +65,7 @@ def test_backbones(tmp_path):
 def test_detectors_and_segmentors(tmp_path):
     (tmp_path / 'mask_rcnn.py').write_text(SMALL_MASK_RCNN)
     few = ['--repeats', '2', '--warm-up', '1', '--batch', '2', '--shape', '32', '64', '--out', 'here']
-    said = run('detector.py', 'mask_rcnn.py', UPERNET, *few, cwd=tmp_path)
+    said = run_well('benchmark/detector.py', *CPU, 'mask_rcnn.py', UPERNET, *few, cwd=tmp_path)
     report = json.loads((tmp_path / 'here/detector.json').read_text())
     assert report['complete']
     detector, ours, swin = report['rows']

@@ -4,9 +4,7 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import pickle
-import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +27,7 @@ from mmengine.optim import CosineAnnealingLR, LinearLR, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
 from PIL import Image
+from programs import run_well
 from torch import nn
 
 from mmvig.backbones import ViG, ViGH
@@ -239,19 +238,6 @@ def imagenet(tmp_path_factory):
             lines.append(f'{i}.png {i}\n')
         (root / f'meta/{split}.txt').write_text(''.join(lines))
     return root
-
-
-def run_tool(*arguments, cwd):
-    settings = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
-    script, *rest = map(str, arguments)
-    command = [sys.executable, ROOT / 'tools' / script, *rest]
-    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, check=False)
-
-
-def run_well(*arguments, cwd):
-    result = run_tool(*arguments, cwd=cwd)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout
 
 
 def metrics_of(folder):

@@ -84,6 +84,7 @@ class LayerByLayer:
             channels = output.shape[-1]
             heads, tokens = module.num_heads, output.numel() // channels
             self.macs += tokens * heads * 4 * (channels // 2 // heads) * (channels // heads)
+            self.macs += output.numel() * module.out.in_features  # not called as a module either
         else:
             places = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
             per_place = module.weight[0].numel()

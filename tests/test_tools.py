@@ -3,7 +3,6 @@ import json
 import logging
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from programs import TOOLS, run_well
 
 from mmvig.datasets.shapes import ensure_shapes
 from mmvig.engine import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ROOT / 'tools'
 MASK_RCNN = ROOT / 'configs/detection/maskrcnn_vigh_t_shapes_cpu.py'
 UPERNET = ROOT / 'configs/segmentation/upernet_vigh_t_shapes.py'
 
@@ -49,30 +48,6 @@ model = dict(
     auxiliary_head=dict(in_channels=channels[2], **head),
 )
 """
-
-
-def run_tool(*arguments, cwd):
-    """Run a tool as a user does, in a process of its own, from another folder."""
-    script, *rest = map(str, arguments)
-    shell = ['bash'] if script.endswith('.sh') else [sys.executable]
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
-    settings = dict(CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1', PYTHON=sys.executable, PORT=port)
-    return subprocess.run(
-        [*shell, TOOLS / script, *rest],
-        cwd=cwd,
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def run_well(*arguments, cwd):
-    result = run_tool(*arguments, cwd=cwd)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout
 
 
 @pytest.fixture(scope='module')
@@ -189,7 +164,8 @@ def test_segmentation_from_training_to_pictures(work, tmp_path):
 
 
 def test_missing_data_ends_a_run_with_one_line(tmp_path):
-    result = run_tool('train.py', ROOT / 'configs/detection/maskrcnn_vigh_t.py', cwd=tmp_path)
+    command = [sys.executable, TOOLS / 'train.py', ROOT / 'configs/detection/maskrcnn_vigh_t.py']
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert str(tmp_path / 'data/coco') in line

@@ -71,7 +71,7 @@ class GatedTokenMixer(nn.Module):
         decay_gates = self.decay_up(self.decay_down(tokens))
         o = bigla_packed(self.qkv(tokens), decay_gates, self.num_heads, backend=self.backend)
 
-        weights = self.norm_long.weight, self.norm_short.weight, self.norm_long.eps
+        weights = self.norm_long.weight, self.norm_short.weight, self.out.weight
         options = {'act': self.out_act, 'backend': fused_backend(self.backend)}
-        y = gated_mix(o, self.mix_gate(tokens), tokens, *weights, **options)
-        return self.out(y.reshape(x.shape))
+        y = gated_mix(o, self.mix_gate(tokens), tokens, *weights, self.norm_long.eps, **options)
+        return y.view(x.shape)

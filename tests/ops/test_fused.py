@@ -51,7 +51,11 @@ def gated_mix_case(act):
     def run(*tensors, **options):
         return gated_mix(*tensors, act=act, **options)
 
-    return Case(run, lambda *s: [s, s, s, *[(s[-1] // 2 if s[-1] % 2 == 0 else s[-1],)] * 2], 2)
+    def shapes(*s):
+        head = s[-1] // 2 if s[-1] % 2 == 0 else s[-1]
+        return [s, s, s, (head,), (head,), (5, s[-1])]
+
+    return Case(run, shapes, 3)
 
 
 CASES = {
@@ -79,7 +83,8 @@ def make_inputs(case, size=SIZE, dtype=torch.float32, weight_dtype=None, seed=0)
         x = torch.randn(shape, generator=generator)
         is_weight = i >= len(shapes) - case.weights
         x = 1 + x / 4 if is_weight else x + 0.3
-        inputs.append(x.to(DEVICE, (weight_dtype or dtype) if is_weight else dtype))
+        of_norm = is_weight and x.ndim == 1
+        inputs.append(x.to(DEVICE, weight_dtype if weight_dtype and of_norm else dtype))
     return inputs
 
 
@@ -95,7 +100,7 @@ def run(case, inputs, backend, seed=1):
 
 
 def assert_accurate(case, inputs):
-    """Errors against float64 of at most plain PyTorch's in the same dtype, or of a few roundings.
+    """Errors against float64 of at most twice plain PyTorch's in the same dtype, or of a few roundings.
 
     The interpreter truncates to bf16 where a GPU rounds: twice the error.
     """
@@ -107,7 +112,7 @@ def assert_accurate(case, inputs):
         error, plain_error = ((x.double() - t).abs().max().item() for x in (a, p))
         few = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[a.dtype]
         slack = 2 if a.dtype == torch.bfloat16 and not ON_GPU else 1
-        assert error <= slack * max(1.1 * plain_error, few * largest), (i, error, plain_error, largest)
+        assert error <= slack * max(2 * plain_error, few * largest), (i, error, plain_error, largest)
 
 
 @every_case
@@ -117,9 +122,9 @@ def test_accurate(name):
 
 @every_case
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_precision_with_float32_weights(name, dtype):
+def test_half_precision_with_float32_norms(name, dtype):
     case = CASES[name]
-    if name.startswith(('norm', 'add_norm', 'gated_mix')):  # plain convolutions take one dtype
+    if name.startswith(('norm', 'add_norm', 'gated_mix')):  # products and convolutions take one dtype
         assert_accurate(case, make_inputs(case, (1, 3, 4, 24), dtype, torch.float32))
     assert_accurate(case, make_inputs(case, (1, 3, 4, 24), dtype))
 
@@ -229,7 +234,7 @@ def arguments_of(name, inputs):
         scale = torch.rand(len(inputs[0]), device=DEVICE) if 'scaled' in words else None
         return *inputs[:2], scale, *inputs[2:], *bias, 1e-5, torch.float32, 'first' in words
     if words[0] == 'gated_mix':
-        return *inputs, 1e-6, 'act' in words
+        return *inputs[:3], inputs[5], *inputs[3:5], 1e-6, 'act' in words
     return tuple(inputs)
 
 
@@ -261,8 +266,9 @@ def test_torch_compile_with_dynamic_sizes(name):
         (lambda x: norm(x, x), r'weight and bias \[C\]'),
         (lambda x: norm(x, x[0, 0, 0], act='relu'), "one of .*'gelu'"),
         (lambda x: add_norm(x, x[:1], None, x[0, 0, 0]), 'shape of x'),
-        (lambda x: gated_mix(x, x, x[:1], x[0, 0, 0], x[0, 0, 0]), 'one shape and dtype'),
-        (lambda x: gated_mix(x, x, x, x[0, 0, 0, :5], x[0, 0, 0, :5]), 'divisor of the width'),
+        (lambda x: gated_mix(x, x, x[:1], x[0, 0, 0], x[0, 0, 0], x[0, 0]), 'one shape and dtype'),
+        (lambda x: gated_mix(x, x, x, x[0, 0, 0, :5], x[0, 0, 0, :5], x[0, 0]), 'divisor of the width'),
+        (lambda x: gated_mix(x, x, x, x[0, 0, 0], x[0, 0, 0], x), r'weight_out must be \[C, 24\]'),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

@@ -79,12 +79,13 @@ def conv(shape: tuple[int, ...], low: torch.dtype) -> tuple[Callable, list[Tenso
 
 
 def mix(shape: tuple[int, ...], low: torch.dtype) -> tuple[Callable, list[Tensor]]:
-    """The mixer's last step."""
+    """The mixer's last steps, the projection with them: the floor has no arithmetic."""
 
     def run(*tensors: Tensor, backend: str) -> Tensor:
         return gated_mix(*tensors, backend=backend)
 
-    return run, [*(random(shape, low) for _ in range(3)), random((HEAD_DIM,)), random((HEAD_DIM,))]
+    inputs = [random(shape, low) for _ in range(3)]
+    return run, [*inputs, random((HEAD_DIM,)), random((HEAD_DIM,)), random((shape[3], shape[3]), low)]
 
 
 def activation(shape: tuple[int, ...], low: torch.dtype) -> tuple[Callable, list[Tensor]]:

@@ -1,10 +1,10 @@
-"""The mix of short and long context by a learned gate, the last step of ViG's token mixer."""
+"""The mix of short and long context by a learned gate, and the projection that ends ViG's token mixer."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvig.ops.choice import use_triton
+from mmvig.ops.choice import autocast_dtype, use_triton
 
 __all__ = ['gated_mix']
 
@@ -15,28 +15,30 @@ def gated_mix(
     short: Tensor,
     weight_long: Tensor,
     weight_short: Tensor,
+    weight_out: Tensor,
     eps: float = 1e-6,
     *,
     act: bool = False,
     backend: str = 'auto',
 ) -> Tensor:
-    """Mix ``g * RMSNorm(long) + (1 - g) * RMSNorm(short)`` with g = sigmoid(gate), norms per head.
+    """W_o (g * RMSNorm(long) + (1 - g) * RMSNorm(short)) with g = sigmoid(gate), norms per head.
 
-    This is the paper's 2D gated locality injection (arXiv 2405.18425): ``long`` is BiGLA's output,
+    The mix is the paper's 2D gated locality injection (arXiv 2405.18425): ``long`` is BiGLA's output,
     ``short`` that of the depthwise convolution.
 
     Args:
         long, gate, short: ``[..., H * V]``, heads contiguous, of one shape and dtype.
         weight_long, weight_short: weights ``[V]`` of the two norms, shared by the heads.
+        weight_out: W_o ``[C, H * V]``.
         eps: of the norms. Default: 1e-6.
-        act: whether SiLU is applied to the result, as in plain ViG-T. Default: False.
-        backend: 'torch' (the definition), 'triton' (CUDA from compute capability 8.0: one pass with one
-            rounding, the same in the backward pass, no second derivative), or 'auto', 'triton' where it
-            can. Default: 'auto'.
+        act: whether SiLU is applied to what W_o takes, as in plain ViG-T. Default: False.
+        backend: 'torch' (the definition), 'triton' (CUDA from compute capability 8.0: the mix in one pass
+            with one rounding, made again on the way by the backward pass instead of being kept; no second
+            derivative), or 'auto', 'triton' where it can. Default: 'auto'.
 
     Returns:
-        ``[..., H * V]`` in the inputs' dtype. Nothing but the inputs is kept for the backward pass with
-        'triton'.
+        ``[..., C]`` in the inputs' dtype; under autocast in its dtype, as of any product. With 'triton',
+        the inputs are all that is kept for the backward pass.
 
     Raises:
         ValueError: shapes or dtypes disagree, the backend is unknown, or 'triton' cannot run.
@@ -50,10 +52,14 @@ def gated_mix(
             f'the weights must be [V] with V a divisor of the width {long.shape[-1]}, '
             f'got {list(weight_long.shape)} and {list(weight_short.shape)}'
         )
+    if weight_out.ndim != 2 or weight_out.shape[1] != long.shape[-1]:
+        raise ValueError(f'weight_out must be [C, {long.shape[-1]}], got {list(weight_out.shape)}')
     if use_triton(__name__, backend, long):
         from mmvig.ops.gated_mix.triton import gated_mix_op
 
-        return gated_mix_op(long, gate, short, weight_long, weight_short, eps, act)
+        dtype = autocast_dtype(long)
+        tensors = (x.to(dtype) for x in (long, gate, short, weight_out))
+        return gated_mix_op(*tensors, weight_long, weight_short, eps, act)
     parts = [
         # In the weight's dtype: under autocast x is half, and RMSNorm has no autocast rule everywhere.
         F.rms_norm(x.unflatten(-1, (-1, head_dim)).to(weight.dtype), (head_dim,), weight, eps)
@@ -62,4 +68,4 @@ def gated_mix(
     y = torch.lerp(*parts, gate.sigmoid().unflatten(-1, (-1, head_dim)).to(parts[0].dtype))
     if act:
         y = F.silu(y)
-    return y.flatten(-2).to(long.dtype)
+    return F.linear(y.flatten(-2).to(long.dtype), weight_out)

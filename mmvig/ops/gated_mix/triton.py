@@ -1,4 +1,7 @@
-"""The gated mix by Triton: one pass forward, one backward. A row is one head of one token."""
+"""The gated mix by Triton, one pass forward and one backward, before PyTorch's product.
+
+A row is one head of one token.
+"""
 
 import torch
 import triton
@@ -57,10 +60,10 @@ def store_row_gradient(p_dx, at, mask, x, inverse, dx, V: tl.constexpr):
 
 @triton.jit(do_not_specialize=['M'])
 def backward_kernel(
-    p_dy, p_long, p_gate, p_short, p_wl, p_ws, p_dlong, p_dgate, p_dshort, p_dw, M,
+    p_dy, p_long, p_gate, p_short, p_wl, p_ws, p_dlong, p_dgate, p_dshort, p_y, p_dw, M,
     V: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients [M, V], and this program's share of the weights' in dw [2, programs, V]."""
+    """Gradients and y [M, V], and this program's share of the weights' in dw [2, programs, V]."""
     columns = tl.arange(0, BV)
     wl = tl.load(p_wl + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     ws = tl.load(p_ws + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
@@ -75,10 +78,12 @@ def backward_kernel(
         short, inverse_short = load_row(p_short, at, mask, V, EPS)
         gate = tl.sigmoid(tl.load(p_gate + at, mask=mask, other=0.0).to(tl.float32))
         difference = long * wl - short * ws
+        y = short * ws + gate * difference
         if ACT:
-            y = short * ws + gate * difference
             s = tl.sigmoid(y)
             dy *= s + y * s * (1 - s)
+            y *= s
+        tl.store(p_y + at, y.to(p_y.dtype.element_ty), mask=mask)
         dgate = dy * difference * gate * (1 - gate)
         tl.store(p_dgate + at, dgate.to(p_dgate.dtype.element_ty), mask=mask)
         of_long = dy * gate
@@ -101,51 +106,57 @@ def constants(weight: Tensor, eps: float, act: bool, tile: int) -> dict:
 
 
 INPUTS = (
-    'Tensor long, Tensor gate, Tensor short, Tensor weight_long, Tensor weight_short, float eps, bool act'
+    'Tensor long, Tensor gate, Tensor short, Tensor weight_out, Tensor weight_long, Tensor weight_short, '
+    'float eps, bool act'
 )
-
-
-@operator(f'gated_mix({INPUTS}) -> Tensor', lambda long, *rest: long.new_empty(long.shape))
-def gated_mix_op(long, gate, short, weight_long, weight_short, eps, act):
-    """:func:`mmvig.ops.gated_mix.gated_mix` by Triton; arguments are validated."""
-    inputs = [x.contiguous() for x in (long, gate, short, weight_long, weight_short)]
-    y = long.new_empty(long.shape)
-    if not y.numel():
-        return y
-    options = constants(weight_long, eps, act, TILE)
-    rows = y.numel() // options['V']
-    with torch.cuda.device_of(y):
-        key = compile_key(*inputs, y)
-        launch(forward_kernel, key, (ceil_div(rows, options['BR']), 1, 1), (*inputs, y, rows), options)
-    return y
 
 
 @operator(
-    f'gated_mix_backward(Tensor dy, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)',
-    lambda dy, *inputs: (
-        *empty_like_each(*inputs[:3]),
-        dy.new_empty(2, inputs[3].shape[0], dtype=torch.float32),
+    f'gated_mix({INPUTS}) -> Tensor',
+    lambda long, gate, short, weight_out, *rest: long.new_empty(*long.shape[:-1], weight_out.shape[0]),
+)
+def gated_mix_op(long, gate, short, weight_out, weight_long, weight_short, eps, act):
+    """:func:`mmvig.ops.gated_mix.gated_mix` by Triton; arguments are validated, the first of one dtype."""
+    inputs = [x.contiguous() for x in (long, gate, short, weight_long, weight_short)]
+    y = long.new_empty(long.shape)
+    if y.numel():
+        options = constants(weight_long, eps, act, TILE)
+        rows = y.numel() // options['V']
+        with torch.cuda.device_of(y):
+            key = compile_key(*inputs, y)
+            launch(forward_kernel, key, (ceil_div(rows, options['BR']), 1, 1), (*inputs, y, rows), options)
+    return y @ weight_out.t()
+
+
+@operator(
+    f'gated_mix_backward(Tensor dz, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    lambda dz, *inputs: (
+        *empty_like_each(*inputs[:4]),
+        dz.new_empty(2, inputs[4].shape[0], dtype=torch.float32),
     ),
 )
-def gated_mix_backward_op(dy, long, gate, short, weight_long, weight_short, eps, act):
-    """Gradients of :func:`gated_mix_op`, those of the weights side by side ``[2, V]`` in float32."""
+def gated_mix_backward_op(dz, long, gate, short, weight_out, weight_long, weight_short, eps, act):
+    """Gradients of :func:`gated_mix_op`, those of the norms' weights side by side ``[2, V]`` in float32."""
+    dz = dz.reshape(-1, weight_out.shape[0])
+    dy = dz @ weight_out
     inputs = [x.contiguous() for x in (dy, long, gate, short, weight_long, weight_short)]
     grads = empty_like_each(long, gate, short)
+    y = torch.empty_like(dy)
     options = constants(weight_long, eps, act, BACKWARD_TILE)
     rows = dy.numel() // options['V']
     programs = min(ceil_div(rows, options['BR']), FILL * multiprocessors(dy.device))
     dw = dy.new_empty(2, programs, options['V'], dtype=torch.float32)
     if programs:
         with torch.cuda.device_of(dy):
-            key = compile_key(*inputs, *grads)
-            launch(backward_kernel, key, (programs, 1, 1), (*inputs, *grads, dw, rows), options)
-    return *grads, dw.sum(1)
+            key = compile_key(*inputs, *grads, y)
+            launch(backward_kernel, key, (programs, 1, 1), (*inputs, *grads, y, dw, rows), options)
+    return *grads, dz.t() @ y, dw.sum(1)
 
 
-def backward(dy, *kept):
-    """Gradients of the five tensors."""
-    *grads, dw = gated_mix_backward_op(dy, *kept)
-    return *grads, dw[0].to(kept[3].dtype), dw[1].to(kept[4].dtype)
+def backward(dz, *kept):
+    """Gradients of the six tensors."""
+    *grads, dw = gated_mix_backward_op(dz, *kept)
+    return *grads, dw[0].to(kept[4].dtype), dw[1].to(kept[5].dtype)
 
 
 differentiate('gated_mix', backward)
