@@ -34,6 +34,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 from mmvig.backbones.base import Backbone
+from mmvig.backbones.layers import use_any_device
 from mmvig.engine import cli
 from mmvig.engine.files import write_whole
 from mmvig.engine.preflight import SetupError, check_checkpoint, one_line_errors
@@ -105,6 +106,7 @@ def build(cfg: Config, checkpoint: str | None, backbone: bool) -> nn.Module:
             f'{cfg.filename} is a {type(model).__name__}: exported are backbones of mmvig, ImageClassifier '
             'and EncoderDecoder; the backbone of any model is with --backbone'
         )
+    use_any_device(model)
     if checkpoint:
         cli.load_strictly(model, checkpoint)
     else:

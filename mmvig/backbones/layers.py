@@ -20,6 +20,13 @@ def fused_backend(backend: str) -> str:
     return 'triton' if backend == 'triton' else 'torch'
 
 
+def use_any_device(model: nn.Module) -> None:
+    """Have parts that were built with backend='triton' choose for themselves, as on a CPU they must."""
+    for module in model.modules():
+        if getattr(module, 'backend', None) == 'triton':
+            module.backend = 'auto'
+
+
 class _ResidualNorm:
     """What LayerNorm and RMSNorm add to PyTorch's: the residual connection before them, in one pass."""
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmvig.backbones import ViG, ViGH
+from mmvig.backbones.layers import use_any_device
+from mmvig.ops import choice
 from mmvig.ops.dwconv import dwconv3x3
 from mmvig.ops.gated_mix import gated_mix
 from mmvig.ops.norm import add_norm, norm
@@ -307,6 +309,21 @@ def test_models_compute_the_same(name, with_cp):
     x = torch.randn(2, 3, 9, 12, device=DEVICE)
     for a, e in zip(*(sum(map(tuple, compute(model, x)), ()) for model in (fused, plain)), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=2e-5 * max(e.abs().max().item(), 1e-3))
+
+
+def test_any_device_runs_what_was_built_for_triton(monkeypatch):
+    fused = MODELS['ViGH'](backend='triton').eval()
+    use_any_device(fused)
+    plain = MODELS['ViGH'](backend='chunked').eval()
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(1, 3, 9, 12)
+    monkeypatch.setattr('mmvig.ops.launch.unavailable', lambda *_: 'it is not here')
+    choice._looked_up.cache_clear()
+    with torch.no_grad():
+        assert torch.equal(fused(x)[0], plain(x)[0])
+    with pytest.raises(ValueError, match='it is not here'):
+        MODELS['ViGH'](backend='triton')(x)
+    choice._looked_up.cache_clear()
 
 
 def test_mixed_precision_gives_nothing_away():

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
 
+from mmvig.backbones.layers import use_any_device
 from mmvig.engine import cli
 from mmvig.engine.preflight import SetupError, one_line_errors
 
@@ -118,6 +119,7 @@ def count_config(path: str, shape: tuple[int, int] | None = None) -> tuple[dict,
     if scope:
         init_default_scope(scope)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    use_any_device(model)
     options = {'mode': 'tensor'} if isinstance(model, BaseModel) else {}
     if scope == 'mmdet':
         from mmdet.structures import DetDataSample
