@@ -1,6 +1,7 @@
 """The small layers that both families are built of; channels last, ``[B, H, W, C]``.
 
-``backend`` is a model's: with 'triton' all of it runs on fused kernels, otherwise BiGLA alone may.
+``backend`` is a model's: 'triton' has norms, depthwise convolutions, gates and activations on fused
+kernels, anything else on PyTorch's.
 """
 
 from collections.abc import Callable

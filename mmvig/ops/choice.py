@@ -19,11 +19,14 @@ def why_not_triton(operator: str, x: Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _why_not_triton(operator: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
-    return _looked_up(operator, device_type, index, dtype)  # torch.compile would look through the cache
+    # A function of its own: torch.compile looks through a cache.
+    return _why_not_triton_cached(operator, device_type, index, dtype)
 
 
 @functools.lru_cache(maxsize=256)
-def _looked_up(operator: str, device_type: str, index: int | None, dtype: torch.dtype) -> str | None:
+def _why_not_triton_cached(
+    operator: str, device_type: str, index: int | None, dtype: torch.dtype
+) -> str | None:
     try:
         from mmvig.ops.launch import unavailable
     except ImportError as error:

@@ -38,7 +38,6 @@ def bigla_launches():
     shared = {'UNIT': 8, 'SAME': True}
     yield kernels.states_kernel, {**p['states'], **shared, 'NC': 1, 'BACKWARD': True}
     yield kernels.scan_kernel, {**p['scan'], 'NC': 1, 'BW': 2, 'BR': 8, 'num_warps': 1, 'num_stages': 1}
-    yield kernels.walk_kernel, {**p['scan'], 'NC': 1, 'BK': 16, 'num_warps': 1}
     for strong in (False, True):
         form = {**shared, 'STRONG': strong, 'GROUP': 16}
         yield kernels.output_kernel, {**p['output'], 'NC': 1, 'ALONE': False, 'SWAP': False, **form}

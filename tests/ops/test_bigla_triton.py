@@ -151,9 +151,10 @@ def test_packed_refuses_widths_that_do_not_divide():
         bigla_packed(torch.zeros(1, 4, 1, 64), torch.zeros(1, 4, 32), 1)
 
 
-def test_same_bits_however_it_runs():
+@pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(torch.float32, marks=gpu)])
+def test_same_bits_however_it_runs(dtype):
     """Twice; in training and evaluation; alone and in a batch."""
-    inputs = make_inputs(20, batch=2, heads=1, gates='mixed', dtype=torch.bfloat16)
+    inputs = make_inputs(20, batch=2, heads=1, gates='mixed', dtype=dtype)
     first, second = run(inputs, 'triton'), run(inputs, 'triton')
     assert all(map(torch.equal, first, second))
     with torch.no_grad():
@@ -269,7 +270,7 @@ def test_kernels_fit_other_gpus(capability):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     shared = [int(line.split()[-1]) for line in done.stdout.splitlines()]
-    assert len(shared) == 15 and max(shared) <= 99 * 1024, done.stdout
+    assert len(shared) == 14 and max(shared) <= 99 * 1024, done.stdout
 
 
 # On a GPU from here on.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import DTYPES, copy_bandwidth, kernel_time, machine_name
+from common import DTYPES, copy_bandwidth, kernel_time, machine_name, parse_shape
 from torch import Tensor
 
 from mmvig.ops import bigla
@@ -226,16 +226,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """A named shape, or B,H,N,K,V."""
-    if text in SHAPES:
-        return SHAPES[text]
-    sizes = tuple(int(x) for x in text.split(',') if x.strip().isdigit())
-    if len(sizes) != 5:
-        sys.exit(f'shape must be B,H,N,K,V or one of {list(SHAPES)}, got {text!r}')
-    return sizes
-
-
 def main() -> None:
     """Check, time, print, write."""
     args = parse_args()
@@ -247,8 +237,9 @@ def main() -> None:
         sys.exit(2)
     if args.graph and args.device != 'cuda':
         sys.exit('--graph needs a CUDA device')
-    names = list(GROWTH) if args.growth else args.shapes or list(SHAPES)
-    shapes = {name: GROWTH[name] if args.growth else parse_shape(name) for name in names}
+    shapes = GROWTH
+    if not args.growth:
+        shapes = {name: parse_shape(name, SHAPES, 'B,H,N,K,V') for name in args.shapes or SHAPES}
     bandwidth = copy_bandwidth(args.device)
     machine = machine_name(args.device)
     print(f'{machine}, torch {torch.__version__}, {args.dtype}, copy bandwidth {bandwidth / 1e12:.2f} TB/s')

@@ -7,6 +7,7 @@ import itertools
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -181,6 +182,16 @@ def save(report: dict, path: Path) -> None:
     draft = path.with_suffix('.tmp')
     draft.write_text(json.dumps(report, indent=1) + '\n')
     draft.replace(path)
+
+
+def parse_shape(text: str, named: dict[str, tuple[int, ...]], sizes: str) -> tuple[int, ...]:
+    """A named shape, or as many numbers as ``sizes``, such as 'B,H,W,C', names; else the program ends."""
+    if text in named:
+        return named[text]
+    shape = tuple(int(x) for x in text.split(',') if x.strip().isdigit())
+    if len(shape) != len(sizes.split(',')):
+        sys.exit(f'shape must be {sizes} or one of {list(named)}, got {text!r}')
+    return shape
 
 
 def milliseconds(seconds: float) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import DTYPES, copy_bandwidth, kernel_time, machine, relative_error, save
+from common import DTYPES, copy_bandwidth, kernel_time, machine, parse_shape, relative_error, save
 from torch import Tensor
 
 from mmvig.ops.dwconv import dwconv3x3
@@ -173,18 +173,6 @@ def show(row: dict) -> None:
     print(flush=True)
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """A named shape, or B,H,W,C."""
-    if text in SHAPES:
-        return SHAPES[text]
-    sizes = tuple(int(x) for x in text.split(',') if x.strip().isdigit())
-    if len(sizes) != 4 or sizes[3] % HEAD_DIM:
-        sys.exit(
-            f'shape must be B,H,W,C with C a multiple of {HEAD_DIM}, or one of {list(SHAPES)}, got {text!r}'
-        )
-    return sizes
-
-
 def main() -> None:
     """Check, time, print, write."""
     parser = argparse.ArgumentParser(
@@ -202,7 +190,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available():
         sys.exit('no CUDA device: run this on a machine with one')
-    shapes = {name: parse_shape(name) for name in args.shapes or SHAPES}
+    shapes = {name: parse_shape(name, SHAPES, 'B,H,W,C') for name in args.shapes or SHAPES}
+    if any(shape[3] % HEAD_DIM and name != '224 stem' for name, shape in shapes.items()):
+        sys.exit(f'--shapes: C must be a multiple of {HEAD_DIM}, the width of a head')
     torch.set_default_device(args.device)
     bandwidth = copy_bandwidth(args.device)
     report = {**machine(args.device), 'dtype': args.dtype, 'bandwidth': bandwidth, 'rows': []}

@@ -459,50 +459,6 @@ def scan_kernel(
 
 
 @triton.jit
-def segment(p_state, p_sum, i, NS, n_chunks, reverse, o_k, o_v, K: tl.constexpr, V: tl.constexpr,
-    NC: tl.constexpr,
-):  # fmt: skip
-    """Where rows o_k of the i-th segment's state are, which of it exist, its decay [BK] and its state."""
-    i_s = tl.where(reverse, NS - 1 - i, i)
-    decay = tl.zeros(o_k.shape, tl.float32)
-    for j in tl.static_range(0, NC):
-        there = (i < NS) & (i_s * NC + j < n_chunks) & (o_k < K)
-        decay += tl.load(p_sum + (i_s * NC + j) * K + o_k, mask=there, other=0.0)
-    p = p_state + i_s.to(tl.int64) * (K * V) + o_k[:, None] * V + o_v[None, :]
-    mask = (i < NS) & (o_k < K)[:, None] & (o_v < V)[None, :]
-    return p, mask, tl.exp2(decay)[:, None], tl.load(p, mask=mask, other=0.0)
-
-
-@triton.jit(do_not_specialize=INTS)
-def walk_kernel(
-    p_state, p_sum, NS, n_states, n_chunks,
-    K: tl.constexpr, V: tl.constexpr, NC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """What scan_kernel does, one segment after the other: for many sequences; BK rows a program."""
-    i_bh = tl.program_id(0).to(tl.int64)
-    o_k = tl.program_id(1) * BK + tl.arange(0, BK)
-    o_v = tl.arange(0, BV)
-    i_z = tl.program_id(2)
-    reverse = (i_z == 1) | (i_z == 2)
-    p_state += (i_z * n_states.to(tl.int64) + i_bh * NS) * (K * V)
-    p_sum += ((i_z % 2) * tl.num_programs(0).to(tl.int64) + i_bh) * n_chunks * K
-    s = tl.zeros((BK, BV), tl.float32)
-    for i in range(0, NS, 4):  # four loads under way at once
-        p0, m0, d0, u0 = segment(p_state, p_sum, i, NS, n_chunks, reverse, o_k, o_v, K, V, NC)
-        p1, m1, d1, u1 = segment(p_state, p_sum, i + 1, NS, n_chunks, reverse, o_k, o_v, K, V, NC)
-        p2, m2, d2, u2 = segment(p_state, p_sum, i + 2, NS, n_chunks, reverse, o_k, o_v, K, V, NC)
-        p3, m3, d3, u3 = segment(p_state, p_sum, i + 3, NS, n_chunks, reverse, o_k, o_v, K, V, NC)
-        s = d0 * s + u0.to(tl.float32)
-        tl.store(p0, s.to(p_state.dtype.element_ty), mask=m0)
-        s = d1 * s + u1.to(tl.float32)
-        tl.store(p1, s.to(p_state.dtype.element_ty), mask=m1)
-        s = d2 * s + u2.to(tl.float32)
-        tl.store(p2, s.to(p_state.dtype.element_ty), mask=m2)
-        s = d3 * s + u3.to(tl.float32)
-        tl.store(p3, s.to(p_state.dtype.element_ty), mask=m3)
-
-
-@triton.jit
 def decay_over(mask, ld):
     """exp2 of sums of log2 decays [BT, BK] over the tokens that a 0/1 matrix [BT, BT] picks."""
     return tl.exp2(tl.dot(mask.to(tl.float32), ld, input_precision='tf32x3'))

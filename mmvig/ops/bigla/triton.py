@@ -85,9 +85,6 @@ SCANS = {
 }
 if INTERPRETED:
     SCANS = {float('inf'): {'BW': 2, 'BR': 2, 'num_warps': 1, 'num_stages': 1}}
-# Programs that each multiprocessor must get for segments to be walked instead of scanned, and the elements
-# of a program's state. No GPU has timed it yet, so only the interpreter walks.
-WALKS, WALK_TILE = 4 if INTERPRETED else float('inf'), 512
 # Chunks that a program looks through for those that need the form for strong gates.
 GROUP = 16
 # Programs that each multiprocessor should get before any takes a second chunk, and the most chunks of one.
@@ -178,19 +175,10 @@ def make_states(inputs, state, sums, num_chunks, strides, common, key, blocks, s
         (*inputs, state, sums, table, num_tokens, heads, n_states, *strides, run, *common),
         {**blocks, **constants, 'BACKWARD': kinds == 4},
     )  # fmt: skip
-    rows = max(1, WALK_TILE // scan['BV'])
-    row_blocks = ceil_div(key_dim, rows)
-    arguments = state, sums, num_segments, n_states, num_chunks
-    if batch * heads * kinds * row_blocks >= WALKS * multiprocessors(state.device):
-        launch(
-            kernels.walk_kernel, key, (batch * heads, row_blocks, kinds), arguments,
-            {**scan, 'NC': constants['NC'], 'BK': rows, 'num_warps': 1},
-        )  # fmt: skip
-        return
     width = next(width for most, width in SCANS.items() if num_segments <= most)
     launch(
-        kernels.scan_kernel, key, (batch * heads, key_dim, kinds), arguments,
-        {**scan, 'NC': constants['NC'], **width},
+        kernels.scan_kernel, key, (batch * heads, key_dim, kinds),
+        (state, sums, num_segments, n_states, num_chunks), {**scan, 'NC': constants['NC'], **width},
     )  # fmt: skip
 
 

@@ -30,42 +30,54 @@ def load_tap(p_w, channels, of_channel, i: tl.constexpr):
     return tl.load(p_w + channels * 9 + i, mask=of_channel, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def begin(p_w, H, W, R, C: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
+    """What both kernels begin with.
+
+    A program's columns, which of its tile exist, its first and last row, the step of a row, where row 0 of
+    the tile is, the number of the strip, and the weights.
+    """
+    blocks: tl.constexpr = (C + BC - 1) // BC
+    i_strip = tl.program_id(0) // blocks  # of columns, of a map
+    across = tl.cdiv(W, BW)
+    columns = (i_strip % across * BW + tl.arange(0, BW))[:, None]
+    channels = (tl.program_id(0) % blocks * BC + tl.arange(0, BC))[None, :]
+    of_channel = channels < C
+    first = tl.program_id(1) * R
+    last = tl.minimum(first + R, H) - 1
+    of_row = W.to(tl.int64) * C
+    at = i_strip // across * H * of_row + columns * C + channels
+    strip = i_strip * tl.num_programs(1) + tl.program_id(1)
+    return (
+        columns, (columns < W) & of_channel, first, last, of_row, at, strip,
+        load_tap(p_w, channels, of_channel, 0),
+        load_tap(p_w, channels, of_channel, 1),
+        load_tap(p_w, channels, of_channel, 2),
+        load_tap(p_w, channels, of_channel, 3),
+        load_tap(p_w, channels, of_channel, 4),
+        load_tap(p_w, channels, of_channel, 5),
+        load_tap(p_w, channels, of_channel, 6),
+        load_tap(p_w, channels, of_channel, 7),
+        load_tap(p_w, channels, of_channel, 8),
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=['H', 'W', 'R'])
 def forward_kernel(
     p_x, p_w, p_y, H, W, R, C: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
     """Make R rows of y [B, H, W, C] at BW columns and BC channels."""
-    blocks: tl.constexpr = (C + BC - 1) // BC
-    columns = (tl.program_id(0) // blocks * BW + tl.arange(0, BW))[:, None]
-    channels = (tl.program_id(0) % blocks * BC + tl.arange(0, BC))[None, :]
-    of_channel = channels < C
-    inside = (columns < W) & of_channel
-    first = tl.program_id(1) * R
-    last = tl.minimum(first + R, H) - 1
-    of_row = W.to(tl.int64) * C
-    at = tl.program_id(2) * H * of_row + columns * C + channels
-
-    w0 = load_tap(p_w, channels, of_channel, 0)
-    w1 = load_tap(p_w, channels, of_channel, 1)
-    w2 = load_tap(p_w, channels, of_channel, 2)
-    w3 = load_tap(p_w, channels, of_channel, 3)
-    w4 = load_tap(p_w, channels, of_channel, 4)
-    w5 = load_tap(p_w, channels, of_channel, 5)
-    w6 = load_tap(p_w, channels, of_channel, 6)
-    w7 = load_tap(p_w, channels, of_channel, 7)
-    w8 = load_tap(p_w, channels, of_channel, 8)
+    columns, inside, first, last, of_row, at, _, w0, w1, w2, w3, w4, w5, w6, w7, w8 = begin(
+        p_w, H, W, R, C, BW, BC
+    )
     # What the rows read so far give to the rows above the present one, and at it.
     above = tl.zeros([BW, BC], tl.float32)
     here = tl.zeros([BW, BC], tl.float32)
-    next_left, next_middle, next_right = load_row(p_x + at, first - 1, of_row, inside, columns, H, W, C)
+    next_left, next_mid, next_right = load_row(p_x + at, first - 1, of_row, inside, columns, H, W, C)
     for h in range(first - 1, last + 2):
-        left, middle, right = (
-            next_left.to(tl.float32),
-            next_middle.to(tl.float32),
-            next_right.to(tl.float32),
-        )
-        # A row ahead: too few programs fit to hide the wait otherwise.
-        next_left, next_middle, next_right = load_row(p_x + at, h + 1, of_row, inside, columns, H, W, C)
+        left, middle, right = next_left.to(tl.float32), next_mid.to(tl.float32), next_right.to(tl.float32)
+        # A row ahead, so that it is under way while this one is used.
+        next_left, next_mid, next_right = load_row(p_x + at, h + 1, of_row, inside, columns, H, W, C)
         above += w6 * left + w7 * middle + w8 * right
         p_out = p_y + at + (h - 1) * of_row
         tl.store(p_out, above.to(p_y.dtype.element_ty), mask=inside & (h > first))
@@ -82,27 +94,11 @@ def backward_kernel(
     dx[h, w] = sum_ij weight[i, j] * dy[h + 1 - i, w + 1 - j]
     dw[i, j] = sum_hw x[h, w] * dy[h + 1 - i, w + 1 - j]
 
-    A row of dy serves the rows of dx and x above, at and below it. dw is [programs, C, 9].
+    A row of dy serves the rows of dx and x above, at and below it. dw is [strips, C, 9].
     """
-    blocks: tl.constexpr = (C + BC - 1) // BC
-    columns = (tl.program_id(0) // blocks * BW + tl.arange(0, BW))[:, None]
-    channels = (tl.program_id(0) % blocks * BC + tl.arange(0, BC))[None, :]
-    of_channel = channels < C
-    inside = (columns < W) & of_channel
-    first = tl.program_id(1) * R
-    last = tl.minimum(first + R, H) - 1
-    of_row = W.to(tl.int64) * C
-    at = tl.program_id(2) * H * of_row + columns * C + channels
-
-    w0 = load_tap(p_w, channels, of_channel, 0)
-    w1 = load_tap(p_w, channels, of_channel, 1)
-    w2 = load_tap(p_w, channels, of_channel, 2)
-    w3 = load_tap(p_w, channels, of_channel, 3)
-    w4 = load_tap(p_w, channels, of_channel, 4)
-    w5 = load_tap(p_w, channels, of_channel, 5)
-    w6 = load_tap(p_w, channels, of_channel, 6)
-    w7 = load_tap(p_w, channels, of_channel, 7)
-    w8 = load_tap(p_w, channels, of_channel, 8)
+    columns, inside, first, last, of_row, at, strip, w0, w1, w2, w3, w4, w5, w6, w7, w8 = begin(
+        p_w, H, W, R, C, BW, BC
+    )
     d0 = tl.zeros([BW, BC], tl.float32)
     d1 = tl.zeros([BW, BC], tl.float32)
     d2 = tl.zeros([BW, BC], tl.float32)
@@ -116,16 +112,12 @@ def backward_kernel(
     here = tl.zeros([BW, BC], tl.float32)
     x_above = tl.zeros([BW, BC], tl.float32)
     x_here = tl.zeros([BW, BC], tl.float32)
-    next_left, next_middle, next_right = load_row(p_dy + at, first - 1, of_row, inside, columns, H, W, C)
+    next_left, next_mid, next_right = load_row(p_dy + at, first - 1, of_row, inside, columns, H, W, C)
     next_x = tl.load(p_x + at + first * of_row, mask=inside, other=0.0)
     for h in range(first - 1, last + 2):
-        left, middle, right = (
-            next_left.to(tl.float32),
-            next_middle.to(tl.float32),
-            next_right.to(tl.float32),
-        )
+        left, middle, right = next_left.to(tl.float32), next_mid.to(tl.float32), next_right.to(tl.float32)
         x_below = next_x.to(tl.float32)
-        next_left, next_middle, next_right = load_row(p_dy + at, h + 1, of_row, inside, columns, H, W, C)
+        next_left, next_mid, next_right = load_row(p_dy + at, h + 1, of_row, inside, columns, H, W, C)
         next_x = tl.load(p_x + at + (h + 2) * of_row, mask=inside & (h + 1 < last), other=0.0)
         above += w0 * right + w1 * middle + w2 * left
         p_out = p_dx + at + (h - 1) * of_row
@@ -144,9 +136,9 @@ def backward_kernel(
         x_above = x_here
         x_here = x_below
 
-    strip = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * (tl.num_programs(0) // blocks)
+    blocks: tl.constexpr = (C + BC - 1) // BC
     channels = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
-    p_dw += (strip + tl.program_id(0) // blocks).to(tl.int64) * (C * 9) + channels * 9
+    p_dw += strip.to(tl.int64) * (C * 9) + channels * 9
     tl.store(p_dw, tl.sum(d0, axis=0), mask=channels < C)
     tl.store(p_dw + 1, tl.sum(d1, axis=0), mask=channels < C)
     tl.store(p_dw + 2, tl.sum(d2, axis=0), mask=channels < C)
@@ -159,16 +151,16 @@ def backward_kernel(
 
 
 def divide(shape: torch.Size, tile: int, device: torch.device) -> tuple[dict, tuple, int]:
-    """Constants, the grid (columns by channels, strips, maps), and the rows of a strip."""
+    """Constants, the grid (maps by columns by channels, strips of rows), and the rows of a strip."""
     batch, height, width, channels = shape
     block = MAX_CHANNELS
     while block > 32 and channels % block:
         block //= 2
     constants = {'C': channels, 'BW': tile // block, 'BC': block, 'num_warps': 4}
-    across = ceil_div(width, constants['BW']) * ceil_div(channels, block)
-    strips = ceil_div(FILL * multiprocessors(device), across * batch)
+    programs = batch * ceil_div(width, constants['BW']) * ceil_div(channels, block)
+    strips = ceil_div(FILL * multiprocessors(device), programs)
     rows = max(min(MIN_ROWS, height), ceil_div(height, strips))
-    return constants, (across, ceil_div(height, rows), batch), rows
+    return constants, (programs, ceil_div(height, rows), 1), rows
 
 
 @operator('dwconv3x3(Tensor x, Tensor weight) -> Tensor', lambda x, weight: x.new_empty(x.shape))
@@ -195,8 +187,8 @@ def dwconv3x3_backward_op(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor
     if not dx.numel():
         return dx, torch.zeros_like(weight)
     constants, grid, rows = divide(x.shape, BACKWARD_TILE, x.device)
-    programs = grid[0] // ceil_div(x.shape[3], constants['BC']) * grid[1] * grid[2]
-    dw = x.new_empty(programs, *weight.shape, dtype=torch.float32)
+    strips = grid[0] // ceil_div(x.shape[3], constants['BC']) * grid[1]
+    dw = x.new_empty(strips, *weight.shape, dtype=torch.float32)
     with torch.cuda.device_of(x):
         arguments = (dy, x, weight, dx, dw, *x.shape[1:3], rows)
         launch(backward_kernel, compile_key(dy, x, weight, dx), grid, arguments, constants)

@@ -58,8 +58,8 @@ def gated_mix(
         from mmvig.ops.gated_mix.triton import gated_mix_op
 
         dtype = autocast_dtype(long)
-        tensors = (x.to(dtype) for x in (long, gate, short, weight_out))
-        return gated_mix_op(*tensors, weight_long, weight_short, eps, act)
+        long, gate, short, weight_out = (x.to(dtype) for x in (long, gate, short, weight_out))
+        return gated_mix_op(long, gate, short, weight_long, weight_short, weight_out, eps, act)
     parts = [
         # In the weight's dtype: under autocast x is half, and RMSNorm has no autocast rule everywhere.
         F.rms_norm(x.unflatten(-1, (-1, head_dim)).to(weight.dtype), (head_dim,), weight, eps)

@@ -106,17 +106,19 @@ def constants(weight: Tensor, eps: float, act: bool, tile: int) -> dict:
 
 
 INPUTS = (
-    'Tensor long, Tensor gate, Tensor short, Tensor weight_out, Tensor weight_long, Tensor weight_short, '
+    'Tensor long, Tensor gate, Tensor short, Tensor weight_long, Tensor weight_short, Tensor weight_out, '
     'float eps, bool act'
 )
 
 
 @operator(
     f'gated_mix({INPUTS}) -> Tensor',
-    lambda long, gate, short, weight_out, *rest: long.new_empty(*long.shape[:-1], weight_out.shape[0]),
+    lambda long, gate, short, wl, ws, weight_out, *rest: long.new_empty(
+        *long.shape[:-1], weight_out.shape[0]
+    ),
 )
-def gated_mix_op(long, gate, short, weight_out, weight_long, weight_short, eps, act):
-    """:func:`mmvig.ops.gated_mix.gated_mix` by Triton; arguments are validated, the first of one dtype."""
+def gated_mix_op(long, gate, short, weight_long, weight_short, weight_out, eps, act):
+    """:func:`mmvig.ops.gated_mix.gated_mix` by Triton; arguments are validated, W_o of long's dtype."""
     inputs = [x.contiguous() for x in (long, gate, short, weight_long, weight_short)]
     y = long.new_empty(long.shape)
     if y.numel():
@@ -131,11 +133,12 @@ def gated_mix_op(long, gate, short, weight_out, weight_long, weight_short, eps, 
 @operator(
     f'gated_mix_backward(Tensor dz, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
     lambda dz, *inputs: (
-        *empty_like_each(*inputs[:4]),
-        dz.new_empty(2, inputs[4].shape[0], dtype=torch.float32),
+        *empty_like_each(*inputs[:3]),
+        dz.new_empty(2, inputs[3].shape[0], dtype=torch.float32),
+        inputs[5].new_empty(inputs[5].shape),
     ),
 )
-def gated_mix_backward_op(dz, long, gate, short, weight_out, weight_long, weight_short, eps, act):
+def gated_mix_backward_op(dz, long, gate, short, weight_long, weight_short, weight_out, eps, act):
     """Gradients of :func:`gated_mix_op`, those of the norms' weights side by side ``[2, V]`` in float32."""
     dz = dz.reshape(-1, weight_out.shape[0])
     dy = dz @ weight_out
@@ -150,13 +153,13 @@ def gated_mix_backward_op(dz, long, gate, short, weight_out, weight_long, weight
         with torch.cuda.device_of(dy):
             key = compile_key(*inputs, *grads, y)
             launch(backward_kernel, key, (programs, 1, 1), (*inputs, *grads, y, dw, rows), options)
-    return *grads, dz.t() @ y, dw.sum(1)
+    return *grads, dw.sum(1), dz.t() @ y
 
 
 def backward(dz, *kept):
     """Gradients of the six tensors."""
-    *grads, dw = gated_mix_backward_op(dz, *kept)
-    return *grads, dw[0].to(kept[4].dtype), dw[1].to(kept[5].dtype)
+    *grads, dw, dweight_out = gated_mix_backward_op(dz, *kept)
+    return *grads, dw[0].to(kept[3].dtype), dw[1].to(kept[4].dtype), dweight_out
 
 
 differentiate('gated_mix', backward)
