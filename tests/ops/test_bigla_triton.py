@@ -292,7 +292,11 @@ def test_sweep_lengths():
 
 @gpu
 @pytest.mark.parametrize(
-    'key, value', [(8, 48), (24, 96), (48, 24), (32, 64), (64, 128), (96, 8), (256, 256)]
+    'key, value',
+    [
+        *[(8, 48), (16, 64), (16, 128), (24, 96), (32, 8), (32, 32), (32, 64), (32, 256)],
+        *[(48, 24), (64, 64), (64, 128), (96, 8), (128, 128), (256, 16), (256, 256)],
+    ],
 )
 def test_sweep_widths(key, value):
     for dtype in DTYPES[:1] if key == 256 else DTYPES:
@@ -324,12 +328,11 @@ def test_compiles_for_no_length():
             len(cache[0]) for name in names for cache in getattr(kernels, name).device_caches.values()
         )
 
-    for num_tokens in (70, 5000):  # short and long scans
+    for num_tokens in (1, 70, 3000, 5000):  # no scan, and all kinds of scan
         run(make_inputs(num_tokens, heads=3, dtype=torch.bfloat16), 'triton')
     before = compiled()
     for i in range(50):
         run(make_inputs(65 + 97 * i, heads=3, dtype=torch.bfloat16), 'triton')
-    run(make_inputs(1, heads=3, dtype=torch.bfloat16), 'triton')
     assert compiled() == before
 
 

@@ -128,7 +128,8 @@ def steps(function: Callable, inputs: list[Tensor], backend: str) -> tuple[Calla
 
     def training() -> tuple[Tensor, ...]:
         outputs = tuple_of(function(*leaves, backend=backend))
-        return *outputs, *torch.autograd.grad(outputs, leaves, given)
+        grads = torch.autograd.grad(outputs, leaves, given)
+        return *(x.detach() for x in outputs), *grads  # a graph that is kept cannot be captured again
 
     size = sum(x.nbytes for x in (*inputs, *outputs))
     return forward, training, size, size + sum(x.nbytes for x in (*given, *leaves)) + sum(kept.values())

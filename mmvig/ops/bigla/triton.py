@@ -54,12 +54,13 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     if block_k == 16:
         warps = {
             'states': (1, 2),
-            'output': (4, 3) if mode == 'bf16' else (2, 2),
+            'output': (4, 3) if mode == 'bf16' and block_v <= 32 else (2, 2),
             'dv': (1, 2),
             'gradient': (2, 2),
         }
     elif block_k == 32:
-        warps = {'states': (4, 1), 'output': (4, 1), 'dv': (2, 2), 'gradient': (2, 1)}
+        # Two warps: with four, Triton 3.6 makes kernels that read wrong addresses on Hopper.
+        warps = {'states': (2, 1), 'output': (2, 1), 'dv': (2, 2), 'gradient': (2, 1)}
     else:
         warps = dict.fromkeys(('states', 'output', 'dv', 'gradient'), (4, 1))
     warps = {
@@ -193,8 +194,7 @@ def mild_then_strong(kernel, key, num_chunks, grid, arguments, common, constants
             {**constants, 'STRONG': False, 'GROUP': 1},
         )  # fmt: skip
     group = 1 if exact else GROUP
-    # No stages of loads, as it hardly waits for any. Two warps: with four, Triton 3.6 makes the output's
-    # kernel for K = 32 read wrong addresses on Hopper.
+    # No stages of loads, as it hardly waits for any; two warps where plan() says why.
     strong = {'num_warps': 2 if constants['BK'] == 32 else 4, 'num_stages': 1}
     launch(
         kernel, key, (ceil_div(num_chunks, group), *grid), (*arguments, group, *common),

@@ -104,8 +104,9 @@ def add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, act: str) -> Tensor:
-    if bias is None:  # in the weight's dtype: RMSNorm has no autocast rule everywhere
-        y = F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
+    x = x.to(weight.dtype)  # RMSNorm has no autocast rule everywhere, LayerNorm takes no mixture on GPUs
+    if bias is None:
+        y = F.rms_norm(x, weight.shape, weight, eps)
     else:
         y = F.layer_norm(x, weight.shape, weight, bias, eps)
     return ACTIVATIONS[act](y)
