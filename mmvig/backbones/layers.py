@@ -4,8 +4,6 @@
 kernels, anything else on PyTorch's.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -16,9 +14,8 @@ from mmvig.ops.swiglu import swiglu
 
 
 def fused_backend(backend: str) -> str:
-    """The backend of the operators around BiGLA, 'torch' or 'triton', for a model's."""
-    # Opt-in: no GPU has timed them yet.
-    return 'triton' if backend == 'triton' else 'torch'
+    """The backend of the operators around BiGLA, 'auto', 'torch' or 'triton', for a model's."""
+    return backend if backend in ('auto', 'triton') else 'torch'
 
 
 def use_any_device(model: nn.Module) -> None:
@@ -114,49 +111,3 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
         return swiglu(self.fc1(x), self.fc2.weight, backend=self.backend)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, a sample's residual branch is dropped with probability ``rate``."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor | None:
-        """The factor [B] of each sample's branch: 0, or 1 / (1 - rate) where kept; None if all are kept."""
-        if not self.training or self.rate == 0:
-            return None
-        keep = torch.empty(x.shape[0], device=x.device).bernoulli_(1 - self.rate)
-        return keep.div_(1 - self.rate)
-
-    def extra_repr(self) -> str:
-        """Show the rate in ``print(model)``."""
-        return f'rate={self.rate:.3f}'
-
-
-class Block(nn.Module):
-    """s = x + DropPath(mixer(norm(x))), then s + DropPath(SwiGLU(norm(s))).
-
-    Each sum is left to the norm after it, which computes both in one pass: a block takes x with the branch
-    still to be added, and returns the like.
-    """
-
-    def __init__(
-        self, make_norm: Callable[[], nn.Module], mixer: nn.Module, mlp: nn.Module, drop_path: float
-    ):
-        super().__init__()
-        self.norm1 = make_norm()
-        self.mixer = mixer
-        self.norm2 = make_norm()
-        self.mlp = mlp
-        self.drop_path = DropPath(drop_path)
-
-    def forward(
-        self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, H, W, C], a branch alike (None: nothing to add) and its scale [B] -> the next three."""
-        dtype = autocast_dtype(x)
-        x, y = self.norm1(x, branch, scale, dtype=dtype)
-        x, y = self.norm2(x, self.mixer(y), self.drop_path(y), dtype=dtype)
-        return x, self.mlp(y), self.drop_path(y)

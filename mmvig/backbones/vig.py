@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.base import Backbone
-from mmvig.backbones.layers import Block, ConvNorm, RMSNorm, SwiGLU
+from mmvig.backbones.block import Block
+from mmvig.backbones.layers import ConvNorm, RMSNorm, SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.registry import MODELS
 
@@ -122,6 +123,7 @@ class ViG(Backbone):
                 GatedTokenMixer(channels, backend=backend, **mixer),
                 SwiGLU(channels, 256, backend),
                 drop_path_rate * i / max(depth - 1, 1),
+                backend,
             )
             for i in range(max(self.out_indices) + 1)
         )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.base import Backbone
-from mmvig.backbones.layers import Block, ConvNorm, LayerNorm, SwiGLU
+from mmvig.backbones.block import Block
+from mmvig.backbones.layers import ConvNorm, LayerNorm, SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.ops.norm import add
 from mmvig.registry import MODELS
@@ -58,6 +59,7 @@ class Stage(nn.Module):
                 GatedTokenMixer(channels, num_heads, backend),
                 SwiGLU(channels, 32, backend),
                 drop_path,
+                backend,
             )
             for drop_path in drop_paths
         )

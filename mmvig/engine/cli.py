@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
@@ -20,11 +21,11 @@ from mmvig.engine.preflight import SetupError, local_rank
 
 logger = logging.getLogger(__name__)
 
-# Top-level config keys that mmengine's Runner reads beside its own arguments.
+# Top-level config keys that mmengine's runners read beside Runner's own arguments.
 _RUNNER_KEYS = {
     *inspect.signature(Runner.__init__).parameters,
     *('activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'find_unused_parameters'),
-    *('model_wrapper_cfg', 'sync_bn', 'tta_model', 'tta_pipeline'),
+    *('model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn', 'tta_model', 'tta_pipeline'),
 }
 
 
@@ -137,12 +138,16 @@ def _moved(value, old: str, new: str):
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the Runner, with mmcv made usable first and gloo between processes without a GPU."""
+    """Build the runner, with mmcv made usable first and gloo between processes without a GPU.
+
+    Args:
+        cfg: the config; its ``runner_type`` names another class than Runner, as 'FlexibleRunner'.
+    """
     import mmvig.compat  # noqa: F401  not above: what it says is to be seen, and after any error
 
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _prepare_for_gloo(cfg)
-    return Runner.from_cfg(cfg)
+    return RUNNERS.build(cfg)
 
 
 def load_strictly(model: nn.Module, checkpoint: str, prefix: str | None = '') -> nn.Module:

@@ -207,9 +207,9 @@ def test_training_keeps_only_the_inputs():
 
 def test_is_a_torch_operator():
     inputs = [x.requires_grad_() for x in make_inputs(9)]
-    torch.library.opcheck(backend.bigla_op, (*inputs, 0.25, 16.0))
+    torch.library.opcheck(backend.bigla_op.op, (*inputs, 0.25, 16.0))
     qkv, gates = (torch.randn(1, 9, n, device=DEVICE, requires_grad=True) for n in (64, 32))
-    torch.library.opcheck(backend.bigla_packed_op, (qkv, gates, 1, 0.25, 16.0))
+    torch.library.opcheck(backend.bigla_packed_op.op, (qkv, gates, 1, 0.25, 16.0))
 
 
 @pytest.mark.parametrize('packed', [pytest.param(False, marks=gpu), True])

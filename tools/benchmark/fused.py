@@ -114,9 +114,8 @@ def steps(function: Callable, inputs: list[Tensor], backend: str) -> tuple[Calla
     leaves = [x.detach().requires_grad_() for x in inputs]
     kept: dict[int, int] = {}
 
-    def keep(x: Tensor) -> Tensor:
+    def keep(x: Tensor) -> None:  # nothing is kept: a tensor here may refer to its own graph
         kept[x.data_ptr()] = x.nbytes
-        return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         outputs = tuple_of(function(*leaves, backend=backend))

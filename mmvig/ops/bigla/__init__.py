@@ -68,7 +68,9 @@ def bigla(
     backend = _choose(backend, q, q.shape[-1], v.shape[-1])
     inputs = (q, k, v, g_fwd, g_bwd)
     if backend == 'triton':
-        return torch.ops.mmvig.bigla(*inputs, scale, gate_normalizer)
+        from mmvig.ops.bigla.triton import bigla_op
+
+        return bigla_op(*inputs, scale, gate_normalizer)
     return (bigla_chunked if backend == 'chunked' else bigla_reference)(*inputs, scale, gate_normalizer)
 
 
@@ -122,7 +124,9 @@ def bigla_packed(
             *unpack(qkv, gates, num_heads)
         )  # names what disagrees; views take longer than a launch
     scale = _check_options(scale, gate_normalizer, key_width // num_heads)
-    return torch.ops.mmvig.bigla_packed(qkv, gates, num_heads, scale, gate_normalizer)
+    from mmvig.ops.bigla.triton import bigla_packed_op
+
+    return bigla_packed_op(qkv, gates, num_heads, scale, gate_normalizer)
 
 
 def unpack(qkv: Tensor, gates: Tensor, num_heads: int) -> tuple[Tensor, ...]:

@@ -1,5 +1,7 @@
 """Depthwise 3x3 convolution by Triton: programs walk down strips of a map, row by row."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -150,6 +152,7 @@ def backward_kernel(
     tl.store(p_dw + 8, tl.sum(d8, axis=0), mask=channels < C)
 
 
+@functools.lru_cache(maxsize=1024)
 def divide(shape: torch.Size, tile: int, device: torch.device) -> tuple[dict, tuple, int]:
     """Constants, the grid (maps by columns by channels, strips of rows), and the rows of a strip."""
     batch, height, width, channels = shape
@@ -163,9 +166,8 @@ def divide(shape: torch.Size, tile: int, device: torch.device) -> tuple[dict, tu
     return constants, (programs, ceil_div(height, rows), 1), rows
 
 
-@operator('dwconv3x3(Tensor x, Tensor weight) -> Tensor', lambda x, weight: x.new_empty(x.shape))
-def dwconv3x3_op(x: Tensor, weight: Tensor) -> Tensor:
-    """:func:`mmvig.ops.dwconv.dwconv3x3` by Triton; arguments are validated."""
+def forward(x: Tensor, weight: Tensor) -> Tensor:
+    """The convolution of x [B, H, W, C]."""
     x, weight = x.contiguous(), weight.contiguous()
     y = x.new_empty(x.shape)
     if y.numel():
@@ -176,12 +178,8 @@ def dwconv3x3_op(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-@operator(
-    'dwconv3x3_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor, Tensor)',
-    lambda dy, x, weight: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
-)
-def dwconv3x3_backward_op(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`dwconv3x3_op`."""
+def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and the weight."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dx = x.new_empty(x.shape)
     if not dx.numel():
@@ -195,4 +193,11 @@ def dwconv3x3_backward_op(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor
     return dx, dw.sum(0).to(weight.dtype)
 
 
+dwconv3x3_op = operator(
+    'dwconv3x3(Tensor x, Tensor weight) -> Tensor', lambda x, weight: x.new_empty(x.shape)
+)(forward)
+dwconv3x3_backward_op = operator(
+    'dwconv3x3_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor, Tensor)',
+    lambda dy, x, weight: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+)(backward)
 differentiate('dwconv3x3', dwconv3x3_backward_op)

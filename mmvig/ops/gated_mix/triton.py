@@ -1,7 +1,9 @@
 """The gated mix by Triton, one pass forward and one backward, before PyTorch's product.
 
-A row is one head of one token.
+The gate's logits may be columns of a wider tensor, without their bias.
 """
+
+import functools
 
 import torch
 import triton
@@ -30,12 +32,24 @@ def load_row(p_x, at, mask, V: tl.constexpr, EPS: tl.constexpr):
     return x * inverse, inverse
 
 
-@triton.jit(do_not_specialize=['M'])
+@triton.jit
+def load_gate(p_gate, p_bias, rows, columns, mask, S, H: tl.constexpr, V: tl.constexpr, BIAS: tl.constexpr):
+    """Gates of rows, each one head of one token, and where they are; tokens are S apart."""
+    of_row = rows % H * V
+    at = (rows // H).to(tl.int64)[:, None] * S + of_row[:, None] + columns[None, :]
+    gate = tl.load(p_gate + at, mask=mask, other=0.0).to(tl.float32)
+    if BIAS:
+        gate += tl.load(p_bias + of_row[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.sigmoid(gate), at
+
+
+@triton.jit(do_not_specialize=['M', 'S'])
 def forward_kernel(
-    p_long, p_gate, p_short, p_wl, p_ws, p_y, M,
-    V: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+    p_long, p_gate, p_short, p_wl, p_ws, p_bias, p_y, M, S,
+    H: tl.constexpr, V: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
+    BR: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Make y [M, V] of long, gate and short [M, V]."""
+    """Make y [M, V] of long and short [M, V] and the gates [M / H, H * V]."""
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     columns = tl.arange(0, BV)
     mask = (rows < M)[:, None] & (columns < V)[None, :]
@@ -44,7 +58,7 @@ def forward_kernel(
     short, _ = load_row(p_short, at, mask, V, EPS)
     long *= tl.load(p_wl + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     short *= tl.load(p_ws + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-    gate = tl.sigmoid(tl.load(p_gate + at, mask=mask, other=0.0).to(tl.float32))
+    gate, _ = load_gate(p_gate, p_bias, rows, columns, mask, S, H, V, BIAS)
     y = short + gate * (long - short)
     if ACT:
         y *= tl.sigmoid(y)
@@ -58,25 +72,31 @@ def store_row_gradient(p_dx, at, mask, x, inverse, dx, V: tl.constexpr):
     tl.store(p_dx + at, dx.to(p_dx.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=['M'])
+@triton.jit(do_not_specialize=['M', 'S'])
 def backward_kernel(
-    p_dy, p_long, p_gate, p_short, p_wl, p_ws, p_dlong, p_dgate, p_dshort, p_y, p_dw, M,
-    V: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+    p_dy, p_long, p_gate, p_short, p_wl, p_ws, p_bias, p_dlong, p_dgate, p_dshort, p_y, p_dw, M, S,
+    H: tl.constexpr, V: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
+    BR: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Gradients and y [M, V], and this program's share of the weights' in dw [2, programs, V]."""
+    """Gradients and y of one head, and this program's share of the weights' in dw [2 or 3, programs, H, V].
+
+    The third is that of the gate's bias.
+    """
     columns = tl.arange(0, BV)
     wl = tl.load(p_wl + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     ws = tl.load(p_ws + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     dwl = tl.zeros([BR, BV], tl.float32)
     dws = tl.zeros([BR, BV], tl.float32)
-    for i in range(tl.program_id(0), tl.cdiv(M, BR), tl.num_programs(0)):
-        rows = i * BR + tl.arange(0, BR)
+    dbias = tl.zeros([BR, BV], tl.float32)
+    head = tl.program_id(1)
+    for i in range(tl.program_id(0), tl.cdiv(M, BR * H), tl.num_programs(0)):
+        rows = (i * BR + tl.arange(0, BR)) * H + head
         mask = (rows < M)[:, None] & (columns < V)[None, :]
         at = rows.to(tl.int64)[:, None] * V + columns[None, :]
         dy = tl.load(p_dy + at, mask=mask, other=0.0).to(tl.float32)
         long, inverse_long = load_row(p_long, at, mask, V, EPS)
         short, inverse_short = load_row(p_short, at, mask, V, EPS)
-        gate = tl.sigmoid(tl.load(p_gate + at, mask=mask, other=0.0).to(tl.float32))
+        gate, at_gate = load_gate(p_gate, p_bias, rows, columns, mask, S, H, V, BIAS)
         difference = long * wl - short * ws
         y = short * ws + gate * difference
         if ACT:
@@ -85,24 +105,70 @@ def backward_kernel(
             y *= s
         tl.store(p_y + at, y.to(p_y.dtype.element_ty), mask=mask)
         dgate = dy * difference * gate * (1 - gate)
-        tl.store(p_dgate + at, dgate.to(p_dgate.dtype.element_ty), mask=mask)
+        tl.store(p_dgate + at_gate, dgate.to(p_dgate.dtype.element_ty), mask=mask)
+        dbias += dgate
         of_long = dy * gate
         of_short = dy - of_long
         dwl += of_long * long
         dws += of_short * short
         store_row_gradient(p_dlong, at, mask, long, inverse_long, of_long * wl, V)
         store_row_gradient(p_dshort, at, mask, short, inverse_short, of_short * ws, V)
-    p_dw += tl.program_id(0) * V + columns
+    of_kind = tl.num_programs(0) * (H * V)
+    p_dw += (tl.program_id(0) * H + head) * V + columns
     tl.store(p_dw, tl.sum(dwl, axis=0), mask=columns < V)
-    tl.store(p_dw + tl.num_programs(0) * V, tl.sum(dws, axis=0), mask=columns < V)
+    tl.store(p_dw + of_kind, tl.sum(dws, axis=0), mask=columns < V)
+    if BIAS:
+        tl.store(p_dw + 2 * of_kind, tl.sum(dbias, axis=0), mask=columns < V)
 
 
-def constants(weight: Tensor, eps: float, act: bool, tile: int) -> dict:
+@functools.lru_cache(maxsize=256)
+def constants(width: int, head_dim: int, eps: float, act: bool, bias: bool, tile: int) -> dict:
     """Constants of a kernel with tiles of about ``tile`` elements."""
-    width = weight.shape[0]
-    block = triton.next_power_of_2(width)
-    rows = max(1, tile // block)
-    return {'V': width, 'EPS': eps, 'ACT': act, 'BR': rows, 'BV': block, 'num_warps': 4}
+    block = triton.next_power_of_2(head_dim)
+    return {
+        'H': width // head_dim, 'V': head_dim, 'EPS': eps, 'ACT': act, 'BIAS': bias,
+        'BR': max(1, tile // block), 'BV': block, 'num_warps': 4,
+    }  # fmt: skip
+
+
+def mix(long, gate, short, weight_long, weight_short, bias, eps, act):
+    """What W_o takes, ``[rows, H * V]`` as long and short are; gate may have a wider stride of rows.
+
+    ``bias``: ``[H * V]``, to be added to the gate's logits, or None.
+    """
+    y = long.new_empty(long.shape)
+    if y.numel():
+        options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, TILE)
+        rows = y.numel() // options['V']
+        tensors = long, gate, short, weight_long, weight_short, weight_long if bias is None else bias, y
+        with torch.cuda.device_of(y):
+            grid = ceil_div(rows, options['BR']), 1, 1
+            arguments = (*tensors, rows, gate.stride(0))
+            launch(forward_kernel, compile_key(*tensors), grid, arguments, options)
+    return y
+
+
+def mix_backward(dy, long, gate, short, weight_long, weight_short, bias, eps, act, dgate):
+    """Gradients of long and short, :func:`mix`'s result again, and partial sums [2 or 3, ., H, V].
+
+    These are gradients of the two weights, to be summed up over the second and third dimension, and, if there
+    is a bias, of it. The gate's is written into ``dgate``, of its strides.
+    """
+    dlong, dshort, y = long.new_empty(long.shape), long.new_empty(long.shape), dy.new_empty(dy.shape)
+    options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, BACKWARD_TILE)
+    heads, rows = options['H'], dy.numel() // options['V']
+    programs = ceil_div(rows, options['BR'] * heads)
+    programs = min(programs, max(1, FILL * multiprocessors(dy.device) // heads))
+    dw = dy.new_empty(2 if bias is None else 3, programs, heads, options['V'], dtype=torch.float32)
+    if programs:
+        tensors = (
+            dy, long, gate, short, weight_long, weight_short, weight_long if bias is None else bias,
+            dlong, dgate, dshort, y,
+        )  # fmt: skip
+        with torch.cuda.device_of(dy):
+            arguments = (*tensors, dw, rows, gate.stride(0))
+            launch(backward_kernel, compile_key(*tensors), (programs, heads, 1), arguments, options)
+    return dlong, dshort, y, dw
 
 
 INPUTS = (
@@ -119,15 +185,10 @@ INPUTS = (
 )
 def gated_mix_op(long, gate, short, weight_long, weight_short, weight_out, eps, act):
     """:func:`mmvig.ops.gated_mix.gated_mix` by Triton; arguments are validated, W_o of long's dtype."""
-    inputs = [x.contiguous() for x in (long, gate, short, weight_long, weight_short)]
-    y = long.new_empty(long.shape)
-    if y.numel():
-        options = constants(weight_long, eps, act, TILE)
-        rows = y.numel() // options['V']
-        with torch.cuda.device_of(y):
-            key = compile_key(*inputs, y)
-            launch(forward_kernel, key, (ceil_div(rows, options['BR']), 1, 1), (*inputs, y, rows), options)
-    return y @ weight_out.t()
+    shape = long.shape
+    inputs = rows_of(long, gate, short)
+    y = mix(*inputs, weight_long.contiguous(), weight_short.contiguous(), None, eps, act)
+    return (y @ weight_out.t()).view(*shape[:-1], weight_out.shape[0])
 
 
 @operator(
@@ -141,19 +202,18 @@ def gated_mix_op(long, gate, short, weight_long, weight_short, weight_out, eps, 
 def gated_mix_backward_op(dz, long, gate, short, weight_long, weight_short, weight_out, eps, act):
     """Gradients of :func:`gated_mix_op`, those of the norms' weights side by side ``[2, V]`` in float32."""
     dz = dz.reshape(-1, weight_out.shape[0])
-    dy = dz @ weight_out
-    inputs = [x.contiguous() for x in (dy, long, gate, short, weight_long, weight_short)]
-    grads = empty_like_each(long, gate, short)
-    y = torch.empty_like(dy)
-    options = constants(weight_long, eps, act, BACKWARD_TILE)
-    rows = dy.numel() // options['V']
-    programs = min(ceil_div(rows, options['BR']), FILL * multiprocessors(dy.device))
-    dw = dy.new_empty(2, programs, options['V'], dtype=torch.float32)
-    if programs:
-        with torch.cuda.device_of(dy):
-            key = compile_key(*inputs, *grads, y)
-            launch(backward_kernel, key, (programs, 1, 1), (*inputs, *grads, y, dw, rows), options)
-    return *grads, dw.sum(1), dz.t() @ y
+    weights = weight_long.contiguous(), weight_short.contiguous()
+    shape = long.shape
+    inputs = rows_of(long, gate, short)
+    dgate = torch.empty_like(inputs[1])
+    dlong, dshort, y, dw = mix_backward(dz @ weight_out, *inputs, *weights, None, eps, act, dgate)
+    grads = (x.view(shape) for x in (dlong, dgate, dshort))
+    return *grads, dw.sum((1, 2)), dz.t() @ y
+
+
+def rows_of(*tensors: Tensor) -> list[Tensor]:
+    """[..., H * V] -> [rows, H * V], contiguous."""
+    return [x.contiguous().view(-1, x.shape[-1]) for x in tensors]
 
 
 def backward(dz, *kept):

@@ -1,5 +1,7 @@
 """Norms by Triton: a row is all channels of one token, in float32; one pass forward, one backward."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -115,6 +117,7 @@ def backward_kernel(
         tl.store(p_dw + tl.num_programs(0).to(tl.int64) * C, tl.sum(db, axis=0), mask=columns < C)
 
 
+@functools.lru_cache(maxsize=256)
 def constants(width: int, tile: int, eps: float, rms: bool, act: str, add: bool, scaled: bool, first: bool):
     """Constants of a kernel with tiles of about ``tile`` elements."""
     block = triton.next_power_of_2(width)

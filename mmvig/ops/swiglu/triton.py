@@ -47,9 +47,25 @@ def backward_kernel(p_dy, p_x, p_dx, p_y, M, D: tl.constexpr, BR: tl.constexpr, 
 
 def run(kernel, tensors: tuple[Tensor, ...], width: int, rows: int) -> None:
     """Launch a kernel over ``rows`` rows of ``width`` results."""
-    grid = ceil_div(rows, BLOCKS['BR']), ceil_div(width, BLOCKS['BD']), 1
-    with torch.cuda.device_of(tensors[0]):
-        launch(kernel, compile_key(*tensors), grid, (*tensors, rows), {'D': width, **BLOCKS})
+    if rows:
+        grid = ceil_div(rows, BLOCKS['BR']), ceil_div(width, BLOCKS['BD']), 1
+        with torch.cuda.device_of(tensors[0]):
+            launch(kernel, compile_key(*tensors), grid, (*tensors, rows), {'D': width, **BLOCKS})
+
+
+def activate(x: Tensor) -> Tensor:
+    """silu(a) * b [rows, D] of x [..., 2 D], contiguous."""
+    width = x.shape[-1] // 2
+    y = x.new_empty(x.numel() // (2 * width), width)
+    run(forward_kernel, (x, y), width, y.shape[0])
+    return y
+
+
+def activate_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of x, of dy [rows, D], and y again."""
+    dx, y = x.new_empty(x.shape), torch.empty_like(dy)
+    run(backward_kernel, (dy, x, dx, y), *reversed(dy.shape))
+    return dx, y
 
 
 @operator(
@@ -58,12 +74,7 @@ def run(kernel, tensors: tuple[Tensor, ...], width: int, rows: int) -> None:
 )
 def swiglu_op(x: Tensor, weight: Tensor) -> Tensor:
     """:func:`mmvig.ops.swiglu.swiglu` by Triton; arguments are validated and of one dtype."""
-    width = weight.shape[1]
-    rows = x.numel() // (2 * width)
-    y = x.new_empty(rows, width)
-    if rows:
-        run(forward_kernel, (x.contiguous(), y), width, rows)
-    return (y @ weight.t()).view(*x.shape[:-1], weight.shape[0])
+    return (activate(x.contiguous()) @ weight.t()).view(*x.shape[:-1], weight.shape[0])
 
 
 @operator(
@@ -72,13 +83,8 @@ def swiglu_op(x: Tensor, weight: Tensor) -> Tensor:
 )
 def swiglu_backward_op(dz: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`swiglu_op`."""
-    width = weight.shape[1]
-    rows = x.numel() // (2 * width)
-    dz = dz.reshape(rows, weight.shape[0])
-    dy = dz @ weight
-    dx, y = x.new_empty(x.shape), torch.empty_like(dy)
-    if rows:
-        run(backward_kernel, (dy, x.contiguous(), dx, y), width, rows)
+    dz = dz.reshape(-1, weight.shape[0])
+    dx, y = activate_backward(dz @ weight, x.contiguous())
     return dx, dz.t() @ y
 
 

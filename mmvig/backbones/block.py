@@ -1,0 +1,118 @@
+"""The block that both families repeat: token mixer and channel mixer with their residual connections."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mmvig.backbones.layers import DWConv, LayerNorm, RMSNorm, SwiGLU, fused_backend
+from mmvig.backbones.mixer import GatedTokenMixer
+from mmvig.ops.bigla import MAX_WIDTH as MAX_HEAD_DIM
+from mmvig.ops.choice import autocast_dtype, use_triton
+from mmvig.ops.norm import MAX_WIDTH
+
+# What one operator computes the same as the modules do.
+PLAIN = (nn.Linear, nn.RMSNorm, DWConv, GatedTokenMixer, LayerNorm, RMSNorm, SwiGLU)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, a sample's residual branch is dropped with probability ``rate``."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The factors [B] of each sample in two branches, drawn at once.
+
+        0, or 1 / (1 - rate) where kept; None if all are kept.
+        """
+        if not self.training or self.rate == 0:
+            return None, None
+        keep = torch.empty(2, x.shape[0], device=x.device).bernoulli_(1 - self.rate)
+        return keep.div_(1 - self.rate).unbind()
+
+    def extra_repr(self) -> str:
+        """Show the rate in ``print(model)``."""
+        return f'rate={self.rate:.3f}'
+
+
+class Block(nn.Module):
+    """s = x + DropPath(mixer(norm(x))), then s + DropPath(SwiGLU(norm(s))).
+
+    Each sum is left to the norm after it, which computes both in one pass: a block takes x with the branch
+    still to be added, and returns the like. On a GPU all of it is one operator (:mod:`mmvig.ops.block`),
+    unless a submodule has been replaced or has hooks: then the modules run one by one.
+    """
+
+    def __init__(
+        self,
+        make_norm: Callable[[], nn.Module],
+        mixer: GatedTokenMixer,
+        mlp: SwiGLU,
+        drop_path: float,
+        backend: str,
+    ):
+        super().__init__()
+        self.norm1 = make_norm()
+        self.mixer = mixer
+        self.norm2 = make_norm()
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path)
+        self.backend = fused_backend(backend)
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[B, H, W, C], a branch alike (None: nothing to add) and its scale [B] -> the next three."""
+        dtype = autocast_dtype(x)
+        scales = self.drop_path(x)
+        if self._is_one_operator(x):
+            return *self._run(x, branch, scale, scales[0], dtype), scales[1]
+        x, y = self.norm1(x, branch, scale, dtype=dtype)
+        x, y = self.norm2(x, self.mixer(y), scales[0], dtype=dtype)
+        return x, self.mlp(y), scales[1]
+
+    def _is_one_operator(self, x: Tensor) -> bool:
+        head_dim = x.shape[-1] // self.mixer.num_heads if type(self.mixer) is GatedTokenMixer else 0
+        if not 0 < head_dim <= MAX_HEAD_DIM or x.shape[-1] > MAX_WIDTH or not self._is_plain():
+            return False
+        return use_triton('mmvig.ops.bigla', self.backend, x)
+
+    def _is_plain(self) -> bool:
+        if nn.modules.module._has_any_global_hook():
+            return False
+        for parent in (self, self.mixer, self.mlp):
+            for child in parent._modules.values():
+                if child is not self.drop_path and (type(child) not in PLAIN or _has_hooks(child)):
+                    return False
+        return True
+
+    def _run(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        scale: Tensor | None,
+        branch_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        from mmvig.ops.block import block_op
+
+        mixer, mlp, norm1, norm2 = self.mixer, self.mlp, self.norm1, self.norm2
+        return block_op(
+            x, branch, scale, branch_scale, norm1.weight, getattr(norm1, 'bias', None),
+            mixer.dwconv.weight, mixer.qkv.weight, mixer.mix_gate.weight, mixer.mix_gate.bias,
+            mixer.decay_down.weight, mixer.decay_up.weight, mixer.decay_up.bias,
+            mixer.norm_long.weight, mixer.norm_short.weight, mixer.out.weight,
+            norm2.weight, getattr(norm2, 'bias', None), mlp.fc1.weight, mlp.fc2.weight,
+            mixer.num_heads, norm1.eps, mixer.norm_long.eps, mixer.conv_act, mixer.out_act, dtype,
+        )[:2]  # fmt: skip
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

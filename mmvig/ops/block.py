@@ -1,0 +1,255 @@
+"""A whole block of ViG as one operator, on Triton's kernels and PyTorch's products.
+
+    s = x + scale * branch                 u = DWConv3x3(norm1(s))             (or silu of it)
+    q, k, v, r, d = split([W_qkv; W_r; W_g1] u)                                one product
+    o = BiGLA(q, k, v, W_g2 d + b)         m = mix(o, r + b_r, u)              (ops/gated_mix)
+    s' = s + branch_scale * W_o m          a, b = split(W_1 norm2(s'))
+    result: s', W_2 (silu(a) * b)
+
+The definition is :class:`mmvig.backbones.block.Block` in plain PyTorch. What one operator gains, besides
+the operators of the parts: the three projections of u are one product, forward and backward, so that u is
+read and its gradient written once; weights get to half precision in one launch, and their gradients come
+from the products in float32; and the host spends a third of the time (docs/benchmarks/backbone.md), without
+which a GPU waits for it at a detector's batch sizes.
+
+Importing this module imports Triton.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmvig.ops.bigla import triton as bigla
+from mmvig.ops.dwconv import triton as dwconv
+from mmvig.ops.gated_mix import triton as gated_mix
+from mmvig.ops.launch import differentiate, operator
+from mmvig.ops.norm import triton as norm
+from mmvig.ops.swiglu import triton as swiglu
+
+GATE_NORMALIZER = 16.0
+# Whether PyTorch's products of half inputs can return float32.
+HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 8)
+
+INPUTS = (
+    'Tensor x, Tensor? branch, Tensor? scale, Tensor? branch_scale, '
+    'Tensor norm1_weight, Tensor? norm1_bias, Tensor conv, Tensor qkv, Tensor gate, Tensor gate_bias, '
+    'Tensor down, Tensor up, Tensor up_bias, Tensor norm_long, Tensor norm_short, Tensor out, '
+    'Tensor norm2_weight, Tensor? norm2_bias, Tensor fc1, Tensor fc2, '
+    'int heads, float eps, float mix_eps, bool conv_act, bool out_act, ScalarType dtype'
+)
+TENSORS = INPUTS.count('Tensor')
+KEPT = (
+    'Tensor? scale, Tensor? branch_scale, Tensor norm1_weight, Tensor? norm1_bias, Tensor conv, '
+    'Tensor gate_bias, Tensor norm_long, Tensor norm_short, Tensor norm2_weight, Tensor? norm2_bias, '
+    'Tensor s, Tensor y, Tensor conved, Tensor u, Tensor wide, Tensor o, Tensor s2, Tensor y2, Tensor h, '
+    'Tensor low'
+)
+OPTIONS = 'int heads, float eps, float mix_eps, bool conv_act, bool out_act, ScalarType weight_dtype'
+
+
+def to_low(dtype: torch.dtype, *weights: Tensor) -> Tensor:
+    """The weights in ``dtype``, one after the other in one vector."""
+    low = weights[0].new_empty(sum(w.numel() for w in weights), dtype=dtype)
+    torch._foreach_copy_(torch._utils._unflatten_dense_tensors(low, weights), weights)
+    return low
+
+
+def from_low(low: Tensor, channels: int, rank: int, hidden: int) -> tuple[Tensor, ...]:
+    """Views of it: [W_qkv; W_r; W_g1], W_g2, b, W_o, W_1, W_2."""
+    start, views = 0, []
+    for shape in _low_shapes(channels, rank, hidden):
+        views.append(low.as_strided(shape, (shape[1], 1) if len(shape) == 2 else (1,), start))
+        start += shape[0] * (shape[1] if len(shape) == 2 else 1)
+    return tuple(views)
+
+
+@functools.lru_cache(maxsize=64)
+def _low_shapes(channels: int, rank: int, hidden: int) -> tuple[tuple[int, ...], ...]:
+    return (
+        (3 * channels + rank, channels), (channels, rank), (channels,), (channels, channels),
+        (2 * hidden, channels), (channels, hidden),
+    )  # fmt: skip
+
+
+def views_of(wide: Tensor, decay: Tensor, batch: int, heads: int) -> tuple[Tensor, ...]:
+    """q, k, v, g_fwd, g_bwd of the wide product [rows, 3C + rank] and the decay gates [rows, C]."""
+    rows, width = wide.shape
+    channels = decay.shape[1]
+    tokens = rows // batch
+    qkv = wide.as_strided((batch, tokens, 2 * channels), (tokens * width, width, 1))
+    return bigla.views_of(qkv, decay.view(batch, tokens, channels), heads)
+
+
+def _fake_block(x, branch, *args):
+    fc2, dtype = args[TENSORS - 3], args[-1]
+    down, conv_act = args[8], args[-3]
+    channels, rows = x.shape[3], x.shape[0] * x.shape[1] * x.shape[2]
+
+    def low(*shape):
+        return x.new_empty(shape, dtype=dtype)
+
+    none = x.new_empty(0)
+    weights = sum(args[i].numel() for i in (5, 6, 8, 9, 10, 13, 16, 17))
+    return (
+        x.new_empty(x.shape), low(*x.shape), none if branch is None else x.new_empty(x.shape),
+        low(*x.shape), low(*x.shape) if conv_act else low(0), low(rows, channels),
+        low(rows, 3 * channels + down.shape[0]), low(rows, channels), low(*x.shape),
+        low(rows, 2 * fc2.shape[1]), low(weights),
+    )  # fmt: skip
+
+
+@operator(f'block({INPUTS}) -> ({", ".join(["Tensor"] * 11)})', _fake_block)
+def block_op(
+    x, branch, scale, branch_scale, norm1_weight, norm1_bias, conv, qkv, gate, gate_bias, down, up, up_bias,
+    norm_long, norm_short, out, norm2_weight, norm2_bias, fc1, fc2,
+    heads, eps, mix_eps, conv_act, out_act, dtype,
+):  # fmt: skip
+    """s', its branch, and what the backward pass needs; arguments are validated."""
+    batch, channels = x.shape[0], x.shape[3]
+    s, y = norm.forward(x, branch, scale, norm1_weight, norm1_bias, eps, dtype, 'none', False)
+    s = x if s is None else s
+    low = to_low(dtype, qkv, gate, down, up, up_bias, out, fc1, fc2)
+    w_in, w_up, b_up, w_out, w_1, w_2 = from_low(low, channels, down.shape[0], fc2.shape[1])
+    with torch._C._DisableAutocast():
+        conved = dwconv.forward(y, conv)
+        u = (F.silu(conved) if conv_act else conved).view(-1, channels)
+        wide = torch.mm(u, w_in.t())
+        decay = torch.addmm(b_up, wide[:, 3 * channels :], w_up.t())
+        views = views_of(wide, decay, batch, heads)
+        o = u.new_empty(views[2].shape)
+        bigla.forward(*views, views[0].shape[3] ** -0.5, GATE_NORMALIZER, o)
+        del views, decay
+        o = o.view(-1, channels)
+        m = gated_mix.mix(
+            o, wide[:, 2 * channels :], u, norm_long, norm_short, gate_bias, mix_eps, out_act
+        )
+        z = torch.mm(m, w_out.t()).view(x.shape)
+        s2, y2 = norm.forward(s, z, branch_scale, norm2_weight, norm2_bias, eps, dtype, 'none', False)
+        h = torch.mm(y2.view(-1, channels), w_1.t())
+        z2 = torch.mm(swiglu.activate(h), w_2.t()).view(x.shape)
+    kept = s if branch is not None else x.new_empty(0)  # an operator must not return its input
+    return s2, z2, kept, y, conved if conv_act else y.new_empty(0), u, wide, o, y2, h, low
+
+
+def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
+    norm1_weight, norm1_bias, conv, gate_bias, norm_long, _, norm2_weight, norm2_bias = rest[:8]
+    s, o, low, weight_dtype = rest[8], rest[13], rest[17], rest[-1]
+    channels, hidden = s.shape[3], rest[16].shape[1] // 2
+    rank = rest[12].shape[1] - 3 * channels
+
+    def of_weight(*shape):
+        return s.new_empty(shape, dtype=weight_dtype)
+
+    def of_norm(bias):
+        return s.new_empty(1 if bias is None else 2, channels, dtype=torch.float32)
+
+    return (
+        s.new_empty(s.shape), s.new_empty(s.shape, dtype=o.dtype), of_norm(norm1_bias),
+        conv.new_empty(conv.shape), of_weight(3 * channels + rank, channels), of_weight(channels, rank),
+        of_weight(channels), s.new_empty(2, norm_long.shape[0], dtype=torch.float32),
+        gate_bias.new_empty(channels, dtype=torch.float32), of_weight(channels, channels),
+        of_norm(norm2_bias), of_weight(2 * hidden, channels), of_weight(channels, hidden),
+    )  # fmt: skip
+
+
+@operator(
+    f'block_backward(Tensor? ds, Tensor dz, {KEPT}, {OPTIONS}) -> ({", ".join(["Tensor"] * 13)})',
+    _fake_block_backward,
+)
+def block_backward_op(
+    ds, dz, scale, branch_scale, norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short,
+    norm2_weight, norm2_bias, s, y, conved, u, wide, o, s2, y2, h, low,
+    heads, eps, mix_eps, conv_act, out_act, weight_dtype,
+):  # fmt: skip
+    """Gradients of :func:`block_op`: of x, the branch and the weights, those of a norm side by side."""
+    batch, channels, hidden = s.shape[0], s.shape[3], h.shape[1] // 2
+    rank, dtype = wide.shape[1] - 3 * channels, o.dtype
+    w_in, w_up, b_up, w_out, w_1, w_2 = from_low(low, channels, rank, hidden)
+    ds = torch.zeros_like(s2) if ds is None else ds
+    with torch._C._DisableAutocast():
+        dz = dz.reshape(-1, channels)
+        dh, activated = swiglu.activate_backward(torch.mm(dz, w_2), h)
+        d_fc2 = of_weight(dz, activated, weight_dtype)
+        del activated
+        d_fc1 = of_weight(dh, y2.view(-1, channels), weight_dtype)
+        dy = torch.mm(dh, w_1).view(s.shape)
+        del dh
+        ds, dz, d_norm2 = norm.backward(
+            ds, dy, s2, branch_scale, norm2_weight, norm2_bias, eps, 'none', False, dtype
+        )
+        dz = dz.view(-1, channels)
+
+        d_wide, d_decay = torch.empty_like(wide), torch.empty_like(o)
+        logits, d_logits = wide[:, 2 * channels :], d_wide[:, 2 * channels :]
+        do, du, m, d_mix = gated_mix.mix_backward(
+            torch.mm(dz, w_out), o, logits, u, norm_long, norm_short, gate_bias, mix_eps, out_act, d_logits
+        )
+        d_out = of_weight(dz, m, weight_dtype)
+        del m, dz
+        reduced = wide[:, 3 * channels :]
+        views = views_of(wide, torch.addmm(b_up, reduced, w_up.t()), batch, heads)
+        bigla.backward(
+            do.view(views[2].shape), *views, views[0].shape[3] ** -0.5, GATE_NORMALIZER,
+            views_of(d_wide, d_decay, batch, heads),
+        )  # fmt: skip
+        del views, do
+        torch.mm(d_decay, w_up, out=d_wide[:, 3 * channels :])
+        d_up = of_weight(d_decay, reduced, weight_dtype)
+        d_up_bias = d_decay.sum(0, dtype=torch.float32).to(weight_dtype)
+        del d_decay
+        d_in = of_weight(d_wide, u, weight_dtype)
+        du = torch.addmm(du, d_wide, w_in).view(s.shape)
+        del d_wide
+        if conv_act:
+            du = torch.ops.aten.silu_backward(du, conved)
+        dy, d_conv = dwconv.backward(du, y, conv)
+        dx, d_branch, d_norm1 = norm.backward(
+            ds, dy, s, scale, norm1_weight, norm1_bias, eps, 'none', False, dtype
+        )
+    d_heads = d_mix[:2].sum((1, 2))
+    return (
+        dx, d_branch, d_norm1, d_conv, d_in, d_up, d_up_bias, d_heads, d_mix[2].sum(0).view(-1), d_out,
+        d_norm2, d_fc1, d_fc2,
+    )  # fmt: skip
+
+
+def of_weight(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of W in a product x W^T from that of the result, without a rounding to half precision."""
+    if HAS_OUT_DTYPE and d.is_cuda and dtype == torch.float32 != d.dtype:
+        return torch.mm(d.t(), x, out_dtype=dtype)
+    return torch.mm(d.t(), x).to(dtype)
+
+
+def _keep(inputs, output):
+    x, branch, scale, branch_scale, norm1_weight, norm1_bias, conv, qkv = inputs[:8]
+    gate_bias, norm_long, norm_short = inputs[9], inputs[13], inputs[14]
+    norm2_weight, norm2_bias = inputs[16:18]
+    s2, _, s, y, conved, u, wide, o, y2, h, low = output
+    tensors = (
+        scale, branch_scale, norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short,
+        norm2_weight, norm2_bias, x if branch is None else s, y, conved, u, wide, o, s2, y2, h, low,
+    )  # fmt: skip
+    return tensors, (*inputs[TENSORS:-1], qkv.dtype, branch is not None)
+
+
+def _backward(ds, dz, *kept):
+    *kept, has_branch = kept
+    norm1_weight, norm1_bias, _, gate_bias, norm_long, norm_short, norm2_weight, norm2_bias, s = kept[2:11]
+    if dz is None:
+        dz = torch.zeros_like(kept[11])
+    dx, d_branch, d_norm1, d_conv, d_in, d_up, d_up_bias, d_heads, d_gate_bias, d_out, d_norm2, *d_mlp = (
+        block_backward_op(ds, dz, *kept)
+    )
+    channels = s.shape[3]
+    d_qkv, d_gate, d_down = d_in.split((2 * channels, channels, d_in.shape[0] - 3 * channels))
+    return (
+        dx, d_branch if has_branch else None, None, None, *norm.of_weights(d_norm1, norm1_weight, norm1_bias),
+        d_conv, d_qkv, d_gate, d_gate_bias.to(gate_bias.dtype), d_down, d_up, d_up_bias,
+        d_heads[0].to(norm_long.dtype), d_heads[1].to(norm_short.dtype), d_out,
+        *norm.of_weights(d_norm2, norm2_weight, norm2_bias), *d_mlp,
+    )  # fmt: skip
+
+
+differentiate('block', _backward, _keep, outputs=2)
