@@ -98,15 +98,25 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         from mmvig.ops.block import block_op
 
-        mixer, mlp, norm1, norm2 = self.mixer, self.mlp, self.norm1, self.norm2
+        mixer, norm1, norm2 = self.mixer, self.norm1, self.norm2
+        of_mixer, of_mlp = mixer._modules, self.mlp._modules
+        up, gate = of_mixer['decay_up'], of_mixer['mix_gate']
         return block_op(
-            x, branch, scale, branch_scale, norm1.weight, getattr(norm1, 'bias', None),
-            mixer.dwconv.weight, mixer.qkv.weight, mixer.mix_gate.weight, mixer.mix_gate.bias,
-            mixer.decay_down.weight, mixer.decay_up.weight, mixer.decay_up.bias,
-            mixer.norm_long.weight, mixer.norm_short.weight, mixer.out.weight,
-            norm2.weight, getattr(norm2, 'bias', None), mlp.fc1.weight, mlp.fc2.weight,
-            mixer.num_heads, norm1.eps, mixer.norm_long.eps, mixer.conv_act, mixer.out_act, dtype,
+            x, branch, scale, branch_scale, _get(norm1, 'weight'), _get(norm1, 'bias'),
+            _get(of_mixer['dwconv'], 'weight'), _get(of_mixer['qkv'], 'weight'), _get(gate, 'weight'),
+            _get(gate, 'bias'), _get(of_mixer['decay_down'], 'weight'), _get(up, 'weight'),
+            _get(up, 'bias'), _get(of_mixer['norm_long'], 'weight'),
+            _get(of_mixer['norm_short'], 'weight'), _get(of_mixer['out'], 'weight'),
+            _get(norm2, 'weight'), _get(norm2, 'bias'), _get(of_mlp['fc1'], 'weight'),
+            _get(of_mlp['fc2'], 'weight'),
+            mixer.num_heads, norm1.eps, of_mixer['norm_long'].eps, mixer.conv_act, mixer.out_act, dtype,
         )[:2]  # fmt: skip
+
+
+def _get(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter; nn.Module's own look-up takes longer, but also finds what FSDP sets in its place."""
+    parameter = module._parameters.get(name)
+    return getattr(module, name, None) if parameter is None else parameter
 
 
 def _has_hooks(module: nn.Module) -> bool:

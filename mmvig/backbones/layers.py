@@ -4,7 +4,6 @@
 kernels, anything else on PyTorch's.
 """
 
-import torch
 from torch import Tensor, nn
 
 from mmvig.ops.choice import autocast_dtype

@@ -73,11 +73,10 @@ def _low_shapes(channels: int, rank: int, hidden: int) -> tuple[tuple[int, ...],
     )  # fmt: skip
 
 
-def views_of(wide: Tensor, decay: Tensor, batch: int, heads: int) -> tuple[Tensor, ...]:
-    """q, k, v, g_fwd, g_bwd of the wide product [rows, 3C + rank] and the decay gates [rows, C]."""
-    rows, width = wide.shape
-    channels = decay.shape[1]
-    tokens = rows // batch
+def views_of(wide: Tensor, decay: Tensor, maps: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """q, k, v, g_fwd, g_bwd of the wide product [rows, 3C + rank] and the decay gates [rows, C] of maps."""
+    batch, height, across, channels = maps.shape
+    tokens, width = height * across, wide.shape[1]
     qkv = wide.as_strided((batch, tokens, 2 * channels), (tokens * width, width, 1))
     return bigla.views_of(qkv, decay.view(batch, tokens, channels), heads)
 
@@ -107,7 +106,7 @@ def block_op(
     heads, eps, mix_eps, conv_act, out_act, dtype,
 ):  # fmt: skip
     """s', its branch, and what the backward pass needs; arguments are validated."""
-    batch, channels = x.shape[0], x.shape[3]
+    channels = x.shape[3]
     s, y = norm.forward(x, branch, scale, norm1_weight, norm1_bias, eps, dtype, 'none', False)
     s = x if s is None else s
     low = to_low(dtype, qkv, gate, down, up, up_bias, out, fc1, fc2)
@@ -117,14 +116,12 @@ def block_op(
         u = (F.silu(conved) if conv_act else conved).view(-1, channels)
         wide = torch.mm(u, w_in.t())
         decay = torch.addmm(b_up, wide[:, 3 * channels :], w_up.t())
-        views = views_of(wide, decay, batch, heads)
+        views = views_of(wide, decay, x, heads)
         o = u.new_empty(views[2].shape)
         bigla.forward(*views, views[0].shape[3] ** -0.5, GATE_NORMALIZER, o)
         del views, decay
         o = o.view(-1, channels)
-        m = gated_mix.mix(
-            o, wide[:, 2 * channels :], u, norm_long, norm_short, gate_bias, mix_eps, out_act
-        )
+        m = gated_mix.mix(o, wide[:, 2 * channels :], u, norm_long, norm_short, gate_bias, mix_eps, out_act)
         z = torch.mm(m, w_out.t()).view(x.shape)
         s2, y2 = norm.forward(s, z, branch_scale, norm2_weight, norm2_bias, eps, dtype, 'none', False)
         h = torch.mm(y2.view(-1, channels), w_1.t())
@@ -134,8 +131,8 @@ def block_op(
 
 
 def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
-    norm1_weight, norm1_bias, conv, gate_bias, norm_long, _, norm2_weight, norm2_bias = rest[:8]
-    s, o, low, weight_dtype = rest[8], rest[13], rest[17], rest[-1]
+    _, norm1_bias, conv, gate_bias, norm_long, _, _, norm2_bias = rest[:8]
+    s, o, weight_dtype = rest[8], rest[13], rest[-1]
     channels, hidden = s.shape[3], rest[16].shape[1] // 2
     rank = rest[12].shape[1] - 3 * channels
 
@@ -164,7 +161,7 @@ def block_backward_op(
     heads, eps, mix_eps, conv_act, out_act, weight_dtype,
 ):  # fmt: skip
     """Gradients of :func:`block_op`: of x, the branch and the weights, those of a norm side by side."""
-    batch, channels, hidden = s.shape[0], s.shape[3], h.shape[1] // 2
+    channels, hidden = s.shape[3], h.shape[1] // 2
     rank, dtype = wide.shape[1] - 3 * channels, o.dtype
     w_in, w_up, b_up, w_out, w_1, w_2 = from_low(low, channels, rank, hidden)
     ds = torch.zeros_like(s2) if ds is None else ds
@@ -189,10 +186,10 @@ def block_backward_op(
         d_out = of_weight(dz, m, weight_dtype)
         del m, dz
         reduced = wide[:, 3 * channels :]
-        views = views_of(wide, torch.addmm(b_up, reduced, w_up.t()), batch, heads)
+        views = views_of(wide, torch.addmm(b_up, reduced, w_up.t()), s, heads)
         bigla.backward(
             do.view(views[2].shape), *views, views[0].shape[3] ** -0.5, GATE_NORMALIZER,
-            views_of(d_wide, d_decay, batch, heads),
+            views_of(d_wide, d_decay, s, heads),
         )  # fmt: skip
         del views, do
         torch.mm(d_decay, w_up, out=d_wide[:, 3 * channels :])
@@ -245,8 +242,9 @@ def _backward(ds, dz, *kept):
     channels = s.shape[3]
     d_qkv, d_gate, d_down = d_in.split((2 * channels, channels, d_in.shape[0] - 3 * channels))
     return (
-        dx, d_branch if has_branch else None, None, None, *norm.of_weights(d_norm1, norm1_weight, norm1_bias),
-        d_conv, d_qkv, d_gate, d_gate_bias.to(gate_bias.dtype), d_down, d_up, d_up_bias,
+        dx, d_branch if has_branch else None, None, None,
+        *norm.of_weights(d_norm1, norm1_weight, norm1_bias), d_conv, d_qkv, d_gate,
+        d_gate_bias.to(gate_bias.dtype), d_down, d_up, d_up_bias,
         d_heads[0].to(norm_long.dtype), d_heads[1].to(norm_short.dtype), d_out,
         *norm.of_weights(d_norm2, norm2_weight, norm2_bias), *d_mlp,
     )  # fmt: skip

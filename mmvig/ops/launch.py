@@ -3,6 +3,7 @@
 Importing this module imports Triton.
 """
 
+import contextlib
 import functools
 import os
 import shutil
@@ -34,11 +35,19 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-# Compiled kernels by what they were compiled for: Triton's own look-up takes longer than a small launch.
-_compiled: dict = {}
+class Constants(dict):
+    """A kernel's constants and Triton's ``num_warps`` and ``num_stages``; not to be changed.
+
+    They keep the compiled kernels, by what these are compiled for besides: Triton's own look-up takes
+    longer than a small launch.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.compiled: dict = {}
 
 
-def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: dict) -> None:
+def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: Constants) -> None:
     """Launch a kernel on the current device and stream.
 
     Args:
@@ -46,9 +55,9 @@ def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: dict) -> Non
         key: what it is compiled for besides ``constants``, the device first; () if Triton must look.
         grid: three numbers of programs.
         args: its arguments.
-        constants: its constants, and Triton's ``num_warps`` and ``num_stages``.
+        constants: its constants.
     """
-    found = _compiled.get((kernel.fn, key, *constants.values()))
+    found = constants.compiled.get((kernel.fn, key))
     if found:
         run, function, metadata, values = found
         stream = torch._C._cuda_getCurrentRawStream(key[0].index)
@@ -58,7 +67,17 @@ def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: dict) -> Non
     if FAST_LAUNCH and key:
         values = [constants[name] for name in kernel.arg_names if name in constants]
         record = compiled.run, compiled.function, compiled.packed_metadata, values
-        _compiled[(kernel.fn, key, *constants.values())] = record
+        constants.compiled[kernel.fn, key] = record
+
+
+def device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Make the device of a tensor the current one, as ``torch.cuda.device_of``, which takes longer."""
+    if not x.is_cuda or torch._C._cuda_getDevice() == x.get_device():
+        return _NOTHING
+    return torch.cuda.device(x.get_device())
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -85,8 +104,8 @@ _nodes: dict[str, type[torch.autograd.Function]] = {}  # of operators, in autogr
 def operator(schema: str, fake: Callable) -> Callable:
     """Make a function the PyTorch operator ``mmvig::<schema>``; ``fake`` makes its empty results.
 
-    What is returned calls the function itself where nothing watches PyTorch's operators (no compiler, tracer,
-    dispatch mode, tensor subclass): on the hosts of GPUs the dispatcher took 40 to 120 us a call.
+    What is returned calls the function itself where nothing watches PyTorch's operators (no compiler,
+    tracer, dispatch mode, tensor subclass): the dispatcher took 40 to 120 us a call on an H200's host.
     """
 
     def register(function: Callable) -> Callable:
@@ -101,10 +120,13 @@ def operator(schema: str, fake: Callable) -> Callable:
         def call(*args):
             if torch.compiler.is_compiling() or _is_watched():
                 return op(*args)
-            tensors = [x for x in args if isinstance(x, Tensor)]
-            if not all(type(x) in PLAIN_TENSORS for x in tensors):
-                return op(*args)
-            if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            learns = False
+            for x in args:
+                if isinstance(x, Tensor):
+                    if type(x) not in PLAIN_TENSORS:
+                        return op(*args)
+                    learns = learns or x.requires_grad
+            if learns and torch.is_grad_enabled():
                 return _nodes[name].apply(*args)
             return function(*args)
 
@@ -114,7 +136,7 @@ def operator(schema: str, fake: Callable) -> Callable:
     return register
 
 
-PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 def _is_watched() -> bool:
@@ -192,6 +214,7 @@ def empty_like_each(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def compile_key(*tensors: Tensor) -> tuple:
     """The key for :func:`launch` of kernels that are compiled for no number among their arguments."""
-    if any(x.data_ptr() % 16 for x in tensors):
-        return ()
+    for x in tensors:
+        if x.data_ptr() % 16:
+            return ()
     return tensors[0].device, *[x.dtype for x in tensors]

@@ -15,7 +15,9 @@ from mmvig.ops.bigla.triton import plan
 
 TYPES = {'p_sum': '*fp32', 'p_table': '*fp16', 'p_mask': '*i16', 'scale': 'fp32', 'inv': 'fp32'}
 # Of the fused operators: the residual stream, weights and their gradients are in float32.
-FUSED_TYPES = dict.fromkeys(['p_s', 'p_ds', 'p_scale', 'p_w', 'p_b', 'p_wl', 'p_ws', 'p_dw'], '*fp32')
+FUSED_TYPES = dict.fromkeys(
+    ['p_s', 'p_ds', 'p_scale', 'p_w', 'p_b', 'p_wl', 'p_ws', 'p_bias', 'p_dw'], '*fp32'
+)
 
 
 def compile_for(capability: int, kernel, constants: dict, types: dict) -> int:
@@ -51,12 +53,12 @@ def fused_launches():
     from mmvig.ops.norm import triton as norm
     from mmvig.ops.swiglu import triton as swiglu
 
-    weight, cpu = torch.empty(32), torch.device('cpu')
+    cpu = torch.device('cpu')
     for name in ('forward_kernel', 'backward_kernel'):
         forward = name == 'forward_kernel'
-        yield getattr(swiglu, name), {'D': 1024, **swiglu.BLOCKS}
+        yield getattr(swiglu, name), swiglu.constants(1024)
         tile = gated_mix.TILE if forward else gated_mix.BACKWARD_TILE
-        yield getattr(gated_mix, name), gated_mix.constants(weight, 1e-6, False, tile)
+        yield getattr(gated_mix, name), gated_mix.constants(384, 32, 1e-6, False, True, tile)
         tile = dwconv.TILE if forward else dwconv.BACKWARD_TILE
         yield getattr(dwconv, name), dwconv.divide((2, 14, 14, 384), tile, cpu)[0]
         tile = norm.TILE if forward else norm.BACKWARD_TILE

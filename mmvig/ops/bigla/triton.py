@@ -14,7 +14,9 @@ from torch import Tensor
 from mmvig.ops.bigla import kernels
 from mmvig.ops.launch import (
     INTERPRETED,
+    Constants,
     ceil_div,
+    device_of,
     differentiate,
     empty_like_each,
     launch,
@@ -66,16 +68,28 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     warps = {
         name: dict(zip(('num_warps', 'num_stages'), pair, strict=True)) for name, pair in warps.items()
     }
+    both = {
+        'output': {**blocks, 'PAIR_MODE': pair_mode, **warps['output']},
+        'dv': {**back, 'PAIR_MODE': pair_mode, **warps['dv']},
+        'gradient': {**back, **warps['gradient']},
+    }
+    # No stages of loads, as this form hardly waits for any.
+    strong = {'num_warps': 2 if block_k == 32 else 4, 'num_stages': 1}
     return {
         'NC': chunks,
         'state_dtype': state_dtype,
         'states': {**blocks, 'PAIR_MODE': mode, **warps['states']},
-        'output': {**blocks, 'PAIR_MODE': pair_mode, **warps['output']},
         'back_states': {**back, 'PAIR_MODE': pair_mode, **warps['states']},
-        'dv': {**back, 'PAIR_MODE': pair_mode, **warps['dv']},
-        'gradient': {**back, **warps['gradient']},
+        **both,
+        **{f'strong_{name}': {**constants, **strong} for name, constants in both.items()},
         'scan': {'K': key_dim, 'V': value_dim, 'BV': max(16, triton.next_power_of_2(value_dim))},
     }
+
+
+@functools.lru_cache(maxsize=4096)
+def constants_of(key_dim: int, value_dim: int, dtype: torch.dtype, name: str, **more) -> Constants:
+    """All constants of the kernel that :func:`plan` calls ``name``."""
+    return Constants(plan(key_dim, value_dim, dtype)[name], **more)
 
 
 # Segments that the scan takes at once, by how many there are at most: few sequences are long.
@@ -146,59 +160,62 @@ def forward(
     num_segments = ceil_div(num_chunks, p['NC'])
     n_states = batch * heads * num_segments
     key = compile_key(v, gf, gb, unit, strides)
-    with torch.cuda.device_of(q):
+    with device_of(q):
         sums = v.new_empty(2, batch * heads * num_chunks, key_dim, dtype=torch.float32)
         # Empty for a single chunk, but of the dtype that kernels are compiled for.
         alone = num_chunks == 1
         state = v.new_empty(2, 0 if alone else n_states, key_dim, value_dim, dtype=p['state_dtype'])
-        constants = {'UNIT': unit, 'SAME': same, 'NC': p['NC']}
+        widths = key_dim, value_dim, v.dtype
         if not alone:
             make_states(
-                inputs, state, sums, num_chunks, strides, common, key, p['states'], p['scan'], constants
+                inputs, state, sums, num_chunks, strides, common, key, widths, 'states', unit, same, p['NC']
             )
         table = tables(v.device, block_t)[0]
         arguments = (*inputs, state, sums, table, num_tokens, heads, n_states, *strides)
-        constants = {**p['output'], **constants, 'ALONE': alone, 'SWAP': False}
         grid = heads * ceil_div(value_dim, p['output']['BV']), batch
-        mild_then_strong(kernels.output_kernel, key, num_chunks, grid, arguments, common, constants)
+        more = {'UNIT': unit, 'SAME': same, 'NC': p['NC'], 'ALONE': alone, 'SWAP': False}
+        mild_then_strong(
+            kernels.output_kernel, key, num_chunks, grid, arguments, common, widths, 'output', more
+        )
 
 
-def make_states(inputs, state, sums, num_chunks, strides, common, key, blocks, scan, constants) -> None:
+def make_states(
+    inputs, state, sums, num_chunks, strides, common, key, widths, name, unit, same, chunks
+) -> None:  # fmt: skip
     """Fill ``state [2 or 4, B * H * segments, K, V]`` with what leaves each segment, and ``sums``."""
     batch, num_tokens, heads, _ = inputs[0].shape
     kinds, n_states, key_dim, value_dim = state.shape
     num_segments = n_states // (batch * heads)
-    blocks_v = ceil_div(value_dim, blocks['BV'])
+    constants = constants_of(*widths, name, UNIT=unit, SAME=same, NC=chunks, BACKWARD=kinds == 4)
+    blocks_v = ceil_div(value_dim, constants['BV'])
     run = run_length(num_segments, batch * heads * blocks_v, state.device)
-    table = tables(state.device, blocks['BT'])[0]
+    table = tables(state.device, constants['BT'])[0]
     launch(
         kernels.states_kernel, key, (ceil_div(num_segments, run), heads * blocks_v, batch),
-        (*inputs, state, sums, table, num_tokens, heads, n_states, *strides, run, *common),
-        {**blocks, **constants, 'BACKWARD': kinds == 4},
+        (*inputs, state, sums, table, num_tokens, heads, n_states, *strides, run, *common), constants,
     )  # fmt: skip
-    width = next(width for most, width in SCANS.items() if num_segments <= most)
+    most = next(most for most in SCANS if num_segments <= most)
     launch(
         kernels.scan_kernel, key, (batch * heads, key_dim, kinds),
-        (state, sums, num_segments, n_states, num_chunks), {**scan, 'NC': constants['NC'], **width},
+        (state, sums, num_segments, n_states, num_chunks),
+        constants_of(*widths, 'scan', NC=chunks, **SCANS[most]),
     )  # fmt: skip
 
 
-def mild_then_strong(kernel, key, num_chunks, grid, arguments, common, constants) -> None:
-    """Run ``kernel`` in the factored form, then by levels on chunks whose gates need it; all in float32."""
-    exact = constants['MODE'] == 'tf32x3'
+def mild_then_strong(kernel, key, num_chunks, grid, arguments, common, widths, name, more) -> None:
+    """Run ``kernel`` in the factored form, then by levels on chunks whose gates need it; all in float32.
+
+    ``more``: constants besides those of ``name`` in :func:`plan` for ``widths``.
+    """
+    mild = constants_of(*widths, name, STRONG=False, GROUP=1, **more)
+    exact = mild['MODE'] == 'tf32x3'
     if not exact:
-        device = arguments[0].device
-        run = run_length(num_chunks, grid[0] * grid[1], device)
-        launch(
-            kernel, key, (ceil_div(num_chunks, run), *grid), (*arguments, run, *common),
-            {**constants, 'STRONG': False, 'GROUP': 1},
-        )  # fmt: skip
+        run = run_length(num_chunks, grid[0] * grid[1], arguments[0].device)
+        launch(kernel, key, (ceil_div(num_chunks, run), *grid), (*arguments, run, *common), mild)
     group = 1 if exact else GROUP
-    # No stages of loads, as it hardly waits for any; two warps where plan() says why.
-    strong = {'num_warps': 2 if constants['BK'] == 32 else 4, 'num_stages': 1}
     launch(
         kernel, key, (ceil_div(num_chunks, group), *grid), (*arguments, group, *common),
-        {**constants, 'STRONG': True, 'GROUP': group, **strong},
+        constants_of(*widths, f'strong_{name}', STRONG=True, GROUP=group, **more),
     )  # fmt: skip
 
 
@@ -233,27 +250,27 @@ def backward(
     num_chunks = ceil_div(num_tokens, block_t)
     n_states = batch * heads * num_chunks
     key = compile_key(v, gf, gb, unit, strides)
-    with torch.cuda.device_of(q):
+    with device_of(q):
         sums = v.new_empty(2, n_states, key_dim, dtype=torch.float32)
         state = v.new_empty(4, n_states, key_dim, value_dim, dtype=p['state_dtype'])
-        constants = {'UNIT': unit, 'SAME': same}
+        widths = key_dim, value_dim, v.dtype
         make_states(
-            inputs, state, sums, num_chunks, strides[:18], common, key, p['back_states'], p['scan'],
-            {**constants, 'NC': 1},
-        )  # fmt: skip
+            inputs, state, sums, num_chunks, strides[:18], common, key, widths, 'back_states', unit, same, 1
+        )
         table, up_to, masks = tables(v.device, block_t)
         sizes = (num_tokens, heads, n_states)
+        more = {'UNIT': unit, 'SAME': same}
         mild_then_strong(
             kernels.output_kernel, key, num_chunks, (heads * ceil_div(value_dim, p['dv']['BV']), batch),
             (q, k, do, gf, gb, dv, state, sums, table, *sizes, *of_q, *of_k, *of_do, *of_gf, *of_gb,
              *of_dv),
-            common, {**p['dv'], **constants, 'NC': 1, 'ALONE': False, 'SWAP': True},
+            common, widths, 'dv', {**more, 'NC': 1, 'ALONE': False, 'SWAP': True},
         )  # fmt: skip
         mild_then_strong(
             kernels.gradient_kernel, key, num_chunks, (heads, batch),
             (*inputs, dq, dk, dgf, dgb, state, sums, table, up_to, masks, *sizes, *strides[:18],
              *of_dq, *of_dk, *of_dgf, *of_dgb),
-            common, {**p['gradient'], **constants},
+            common, widths, 'gradient', more,
         )  # fmt: skip
 
 

@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.ops.launch import ceil_div, compile_key, differentiate, launch, multiprocessors, operator
+from mmvig.ops.launch import (
+    Constants,
+    ceil_div,
+    compile_key,
+    device_of,
+    differentiate,
+    launch,
+    multiprocessors,
+    operator,
+)
 
 # Elements of a tile of columns by channels, and the most channels of one.
 TILE, BACKWARD_TILE, MAX_CHANNELS = 1024, 512, 128
@@ -152,6 +161,12 @@ def backward_kernel(
     tl.store(p_dw + 8, tl.sum(d8, axis=0), mask=channels < C)
 
 
+@functools.lru_cache(maxsize=64)
+def constants_of(channels: int, columns: int, block: int) -> Constants:
+    """Constants of both kernels."""
+    return Constants(C=channels, BW=columns, BC=block, num_warps=4)
+
+
 @functools.lru_cache(maxsize=1024)
 def divide(shape: torch.Size, tile: int, device: torch.device) -> tuple[dict, tuple, int]:
     """Constants, the grid (maps by columns by channels, strips of rows), and the rows of a strip."""
@@ -159,7 +174,7 @@ def divide(shape: torch.Size, tile: int, device: torch.device) -> tuple[dict, tu
     block = MAX_CHANNELS
     while block > 32 and channels % block:
         block //= 2
-    constants = {'C': channels, 'BW': tile // block, 'BC': block, 'num_warps': 4}
+    constants = constants_of(channels, tile // block, block)
     programs = batch * ceil_div(width, constants['BW']) * ceil_div(channels, block)
     strips = ceil_div(FILL * multiprocessors(device), programs)
     rows = max(min(MIN_ROWS, height), ceil_div(height, strips))
@@ -172,7 +187,7 @@ def forward(x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(x.shape)
     if y.numel():
         constants, grid, rows = divide(x.shape, TILE, x.device)
-        with torch.cuda.device_of(x):
+        with device_of(x):
             arguments = (x, weight, y, *x.shape[1:3], rows)
             launch(forward_kernel, compile_key(x, weight, y), grid, arguments, constants)
     return y
@@ -187,7 +202,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     constants, grid, rows = divide(x.shape, BACKWARD_TILE, x.device)
     strips = grid[0] // ceil_div(x.shape[3], constants['BC']) * grid[1]
     dw = x.new_empty(strips, *weight.shape, dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    with device_of(x):
         arguments = (dy, x, weight, dx, dw, *x.shape[1:3], rows)
         launch(backward_kernel, compile_key(dy, x, weight, dx), grid, arguments, constants)
     return dx, dw.sum(0).to(weight.dtype)

@@ -11,8 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.ops.launch import (
+    Constants,
     ceil_div,
     compile_key,
+    device_of,
     differentiate,
     empty_like_each,
     launch,
@@ -125,10 +127,10 @@ def backward_kernel(
 def constants(width: int, head_dim: int, eps: float, act: bool, bias: bool, tile: int) -> dict:
     """Constants of a kernel with tiles of about ``tile`` elements."""
     block = triton.next_power_of_2(head_dim)
-    return {
-        'H': width // head_dim, 'V': head_dim, 'EPS': eps, 'ACT': act, 'BIAS': bias,
-        'BR': max(1, tile // block), 'BV': block, 'num_warps': 4,
-    }  # fmt: skip
+    return Constants(
+        H=width // head_dim, V=head_dim, EPS=eps, ACT=act, BIAS=bias, BR=max(1, tile // block), BV=block,
+        num_warps=4,
+    )  # fmt: skip
 
 
 def mix(long, gate, short, weight_long, weight_short, bias, eps, act):
@@ -141,7 +143,7 @@ def mix(long, gate, short, weight_long, weight_short, bias, eps, act):
         options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, TILE)
         rows = y.numel() // options['V']
         tensors = long, gate, short, weight_long, weight_short, weight_long if bias is None else bias, y
-        with torch.cuda.device_of(y):
+        with device_of(y):
             grid = ceil_div(rows, options['BR']), 1, 1
             arguments = (*tensors, rows, gate.stride(0))
             launch(forward_kernel, compile_key(*tensors), grid, arguments, options)
@@ -151,8 +153,8 @@ def mix(long, gate, short, weight_long, weight_short, bias, eps, act):
 def mix_backward(dy, long, gate, short, weight_long, weight_short, bias, eps, act, dgate):
     """Gradients of long and short, :func:`mix`'s result again, and partial sums [2 or 3, ., H, V].
 
-    These are gradients of the two weights, to be summed up over the second and third dimension, and, if there
-    is a bias, of it. The gate's is written into ``dgate``, of its strides.
+    These are gradients of the two weights, to be summed up over the second and third dimension, and of
+    the bias, if there is one. The gate's is written into ``dgate``, of its strides.
     """
     dlong, dshort, y = long.new_empty(long.shape), long.new_empty(long.shape), dy.new_empty(dy.shape)
     options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, BACKWARD_TILE)
@@ -165,7 +167,7 @@ def mix_backward(dy, long, gate, short, weight_long, weight_short, bias, eps, ac
             dy, long, gate, short, weight_long, weight_short, weight_long if bias is None else bias,
             dlong, dgate, dshort, y,
         )  # fmt: skip
-        with torch.cuda.device_of(dy):
+        with device_of(dy):
             arguments = (*tensors, dw, rows, gate.stride(0))
             launch(backward_kernel, compile_key(*tensors), (programs, heads, 1), arguments, options)
     return dlong, dshort, y, dw

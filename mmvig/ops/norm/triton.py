@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.ops.launch import ceil_div, compile_key, differentiate, launch, multiprocessors, operator
+from mmvig.ops.launch import (
+    Constants,
+    ceil_div,
+    compile_key,
+    device_of,
+    differentiate,
+    launch,
+    multiprocessors,
+    operator,
+)
 
 # Elements of a tile; programs of the backward pass, which sum up the weights' gradients, a multiprocessor.
 TILE, BACKWARD_TILE, FILL = 2048, 2048, 4
@@ -121,10 +130,10 @@ def backward_kernel(
 def constants(width: int, tile: int, eps: float, rms: bool, act: str, add: bool, scaled: bool, first: bool):
     """Constants of a kernel with tiles of about ``tile`` elements."""
     block = triton.next_power_of_2(width)
-    return {
-        'C': width, 'EPS': eps, 'RMS': rms, 'ACT': act, 'ADD': add, 'SCALED': scaled, 'FIRST': first,
-        'BR': max(1, tile // block), 'BC': block, 'num_warps': 4 if block <= 2048 else 8,
-    }  # fmt: skip
+    return Constants(
+        C=width, EPS=eps, RMS=rms, ACT=act, ADD=add, SCALED=scaled, FIRST=first,
+        BR=max(1, tile // block), BC=block, num_warps=4 if block <= 2048 else 8,
+    )  # fmt: skip
 
 
 def forward(x, branch, scale, weight, bias, eps, dtype, act, first):
@@ -139,7 +148,7 @@ def forward(x, branch, scale, weight, bias, eps, dtype, act, first):
             channels, TILE, eps, bias is None, act, branch is not None, scale is not None, first
         )
         tensors = [x if each is None else each for each in (x, branch, scale, weight, bias, s, y)]
-        with torch.cuda.device_of(x):
+        with device_of(x):
             grid = ceil_div(rows, options['BR']), 1, 1
             launch(forward_kernel, compile_key(*tensors), grid, (*tensors, rows, height * width), options)
     return s, y
@@ -159,7 +168,7 @@ def backward(ds, dy, s, scale, weight, bias, eps, act, first, branch_dtype):
     dw = s.new_empty(1 if bias is None else 2, programs, channels, dtype=torch.float32)
     if programs:
         tensors = [s if each is None else each for each in (ds, dy, s, scale, weight, bias, dx, dbranch)]
-        with torch.cuda.device_of(s):
+        with device_of(s):
             arguments = (*tensors, dw, rows, height * width)
             launch(backward_kernel, compile_key(*tensors), (programs, 1, 1), arguments, options)
     return dx, dbranch, dw.sum(1)

@@ -1,14 +1,25 @@
 """SwiGLU's gated activation by Triton, one pass forward and one backward, around PyTorch's products."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.ops.launch import ceil_div, compile_key, differentiate, empty_like_each, launch, operator
+from mmvig.ops.launch import (
+    Constants,
+    ceil_div,
+    compile_key,
+    device_of,
+    differentiate,
+    empty_like_each,
+    launch,
+    operator,
+)
 
-# Rows and columns of a program, and its warps.
-BLOCKS = {'BR': 8, 'BD': 256, 'num_warps': 4}
+# Rows and columns of a program.
+ROWS, COLUMNS = 8, 256
 
 
 @triton.jit(do_not_specialize=['M'])
@@ -45,12 +56,18 @@ def backward_kernel(p_dy, p_x, p_dx, p_y, M, D: tl.constexpr, BR: tl.constexpr, 
     tl.store(p_y + at, (silu * b).to(p_y.dtype.element_ty), mask=mask)
 
 
+@functools.lru_cache(maxsize=64)
+def constants(width: int) -> Constants:
+    """Constants of the kernels for a width D."""
+    return Constants(D=width, BR=ROWS, BD=COLUMNS, num_warps=4)
+
+
 def run(kernel, tensors: tuple[Tensor, ...], width: int, rows: int) -> None:
     """Launch a kernel over ``rows`` rows of ``width`` results."""
     if rows:
-        grid = ceil_div(rows, BLOCKS['BR']), ceil_div(width, BLOCKS['BD']), 1
-        with torch.cuda.device_of(tensors[0]):
-            launch(kernel, compile_key(*tensors), grid, (*tensors, rows), {'D': width, **BLOCKS})
+        grid = ceil_div(rows, ROWS), ceil_div(width, COLUMNS), 1
+        with device_of(tensors[0]):
+            launch(kernel, compile_key(*tensors), grid, (*tensors, rows), constants(width))
 
 
 def activate(x: Tensor) -> Tensor:

@@ -1,0 +1,216 @@
+"""A block as one operator: in Triton's interpreter, and on a GPU (pytest -m gpu)."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from mmvig.backbones.block import Block
+from mmvig.backbones.layers import LayerNorm, RMSNorm, SwiGLU
+from mmvig.backbones.mixer import GatedTokenMixer
+from mmvig.ops import block as ops
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = 'cuda' if ON_GPU else 'cpu'  # where conftest.py has Triton interpret its kernels
+gpu = pytest.mark.gpu
+# Norm and activations of ViG-H, of plain ViG-S and of plain ViG-T.
+FAMILIES = {'ViGH': (LayerNorm, False), 'ViG': (RMSNorm, False), 'ViG-T': (RMSNorm, True)}
+every_family = pytest.mark.parametrize('family', FAMILIES)
+
+
+def make(family='ViGH', backend='triton', channels=32, heads=2, drop_path=0.0):
+    """A block with weights that are all different."""
+    norm, acts = FAMILIES[family]
+    torch.manual_seed(0)
+    block = Block(
+        partial(norm, channels, backend, eps=1e-5),
+        GatedTokenMixer(channels, heads, backend, conv_act=acts, out_act=acts),
+        SwiGLU(channels, 8, backend),
+        drop_path,
+        backend,
+    )
+    with torch.no_grad():
+        for weight in block.parameters():
+            weight.add_(torch.randn(weight.shape), alpha=0.1)
+    return block.to(DEVICE)
+
+
+def make_inputs(size=(2, 5, 7), channels=32, branch=True, scaled=True):
+    """x, and a branch with its scale or not."""
+    generator = torch.Generator().manual_seed(1)
+    x, b = torch.randn(2, *size, channels, generator=generator).to(DEVICE).requires_grad_()
+    scale = torch.arange(size[0], device=DEVICE) / 2 if scaled else None
+    return (x, b, scale) if branch else (x,)
+
+
+def run(block, inputs, dtype=None):
+    """Sum and branch, and the gradients of the tensors and of the weights."""
+    inputs = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    leaves = [x for x in inputs if x is not None and x.requires_grad] + list(block.parameters())
+    torch.manual_seed(2)
+    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+        outputs = block(*inputs)[:2]
+    given = [torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape).to(y) for y in outputs]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, given)]
+
+
+def count(monkeypatch):
+    """A list that grows with each call of the operator."""
+    calls, function = [], ops.block_op
+    monkeypatch.setattr(ops, 'block_op', lambda *x: calls.append(1) or function(*x))
+    return calls
+
+
+@every_family
+@pytest.mark.parametrize('branch, scaled', [(False, False), (True, False), (True, True)])
+def test_computes_what_the_modules_do(family, branch, scaled, monkeypatch):
+    calls = count(monkeypatch)
+    block, plain = make(family, drop_path=0.5), make(family, 'chunked', drop_path=0.5)
+    inputs = make_inputs(branch=branch, scaled=scaled)
+    for actual, expected in zip(run(block, inputs), run(plain, inputs), strict=True):
+        assert actual.dtype == expected.dtype and actual.shape == expected.shape
+        tolerance = 2e-5 * max(expected.abs().max().item(), 1e-2)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_mixed_precision_gives_nothing_away(dtype):
+    inputs = make_inputs((2, 9, 8))
+    truth = run(make(backend='chunked').double(), [x if x is None else x.double() for x in inputs])
+    low, actual = run(make(backend='chunked'), inputs, dtype), run(make(), inputs, dtype)
+    slack = 4.0 if dtype == torch.bfloat16 and not ON_GPU else 1.25  # the interpreter truncates to bf16
+    for a, p, t in zip(actual, low, truth, strict=True):
+        assert a.dtype == p.dtype
+        error, plain_error = ((y - t).norm().item() for y in (a, p))
+        assert error <= slack * max(plain_error, torch.finfo(dtype).eps / 4 * t.norm().item())
+
+
+def arguments(block, inputs, monkeypatch):
+    """What a block calls its operator with."""
+    seen = []
+    monkeypatch.setattr(ops, 'block_op', lambda *x: seen.append(x) or inputs[:2])
+    block(*inputs)
+    monkeypatch.undo()
+    return seen[0]
+
+
+@pytest.mark.parametrize('family, branch', [('ViGH', True), ('ViG-T', False)])
+def test_is_a_torch_operator(family, branch, monkeypatch):
+    args = arguments(make(family), make_inputs(branch=branch) + (None,) * (not branch), monkeypatch)
+    torch.library.opcheck(ops.block_op.op, args)
+
+
+def test_second_derivative_is_refused():
+    inputs = make_inputs()
+    s, _, _ = make()(*inputs)
+    (grad,) = torch.autograd.grad(s.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match='no second derivative'):
+        torch.autograd.grad(grad.sum(), inputs[0])
+
+
+def test_a_gradient_can_be_missing():
+    block, inputs = make(), make_inputs()
+    s, z, _ = block(*inputs)
+    both = torch.autograd.grad(s.sum() + 0 * z.sum(), inputs[0], retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(s.sum(), inputs[0]), both)
+    _, z, _ = block(*inputs)
+    assert torch.autograd.grad(z.sum(), block.mlp.fc1.weight)[0].abs().max() > 0
+
+
+@every_family
+def test_compiled_is_the_same(family):
+    block, inputs = make(family), make_inputs()
+    torch.compiler.reset()
+    compiled = torch.compile(
+        block, fullgraph=True, dynamic=True, backend='inductor' if ON_GPU else 'aot_eager'
+    )
+    for size in ((2, 5, 7), (2, 9, 3)):
+        inputs = make_inputs(size)
+        for actual, expected in zip(run(compiled, inputs), run(block, inputs), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_same_bits_however_it_runs():
+    block, inputs = make(), make_inputs((3, 5, 7))
+    results = run(block, inputs)
+    assert all(map(torch.equal, results, run(block, inputs)))
+    with torch.no_grad():
+        for y, expected in zip(block.eval()(*inputs)[:2], results, strict=False):
+            assert torch.equal(y, expected)
+        for y, expected in zip(block(*(x[:2] for x in inputs))[:2], results, strict=False):
+            torch.testing.assert_close(y, expected[:2], rtol=1e-6, atol=1e-6)
+
+
+def add_hook(block):
+    block.mlp.fc1.register_forward_hook(lambda *_: block.seen.append('hook'))
+
+
+def replace(block):
+    class Adapted(nn.Linear):
+        def forward(self, x):
+            block.seen.append('replaced')
+            return super().forward(x)
+
+    adapted = Adapted(32, 64, bias=False, device=DEVICE)
+    adapted.load_state_dict(block.mixer.qkv.state_dict())
+    block.mixer.qkv = adapted
+
+
+@pytest.mark.parametrize('change', [add_hook, replace])
+def test_changed_modules_run(change, monkeypatch):
+    calls, block = count(monkeypatch), make()
+    inputs, block.seen = make_inputs(), []
+    expected = run(block, inputs)
+    change(block)
+    for a, e in zip(run(block, inputs), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+    assert len(block.seen) == len(calls) == 1
+
+
+def test_empty_batch():
+    outputs = run(make(), make_inputs((0, 5, 7)))
+    assert outputs[0].shape == (0, 5, 7, 32) and not any(x.any() for x in outputs)
+
+
+# On a GPU from here on.
+
+
+@gpu
+@every_family
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('size, channels', [((2, 56, 56), 96), ((3, 25, 38), 768), ((1, 3, 1), 192)])
+def test_sweep(family, dtype, size, channels):
+    heads = channels // 32
+    inputs = make_inputs(size, channels)
+    wide = [x if x is None else x.double() for x in inputs]
+    truth = run(make(family, 'chunked', channels, heads).double(), wide)
+    plain = run(make(family, 'chunked', channels, heads), inputs, dtype)
+    actual = run(make(family, 'triton', channels, heads), inputs, dtype)
+    for i, (a, p, t) in enumerate(zip(actual, plain, truth, strict=True)):
+        error, plain_error = ((y - t).norm().item() for y in (a, p))
+        few = torch.finfo(dtype or torch.float32).eps / 2 * t.norm().item()
+        assert error <= max(1.5 * plain_error, few), (i, error, plain_error)
+
+
+@gpu
+def test_cuda_graph():
+    block, inputs = make(), make_inputs()
+    with torch.no_grad():
+        expected = block(*inputs)[:2]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            actual = block(*inputs)[:2]
+    graph.replay()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_runs_on_the_tensors_device():
+    block, inputs = make(), make_inputs()
+    expected = run(block, inputs)
+    with torch.cuda.device(0):
+        actual = run(block.to('cuda:1'), [x.detach().to('cuda:1').requires_grad_() for x in inputs])
+        assert all(torch.equal(a.to(e.device), e) for a, e in zip(actual, expected, strict=True))
