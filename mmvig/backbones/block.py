@@ -12,7 +12,7 @@ from mmvig.ops.choice import autocast_dtype, use_triton
 from mmvig.ops.norm import MAX_WIDTH
 
 # What one operator computes the same as the modules do.
-PLAIN = (nn.Linear, nn.RMSNorm, DWConv, GatedTokenMixer, LayerNorm, RMSNorm, SwiGLU)
+PLAIN = frozenset((nn.Linear, nn.RMSNorm, DWConv, GatedTokenMixer, LayerNorm, RMSNorm, SwiGLU))
 
 
 class DropPath(nn.Module):
@@ -84,7 +84,11 @@ class Block(nn.Module):
             return False
         for parent in (self, self.mixer, self.mlp):
             for child in parent._modules.values():
-                if child is not self.drop_path and (type(child) not in PLAIN or _has_hooks(child)):
+                if child is self.drop_path:
+                    continue
+                if type(child) not in PLAIN or child._forward_hooks or child._forward_pre_hooks:
+                    return False
+                if child._backward_hooks or child._backward_pre_hooks:
                     return False
         return True
 
@@ -117,12 +121,3 @@ def _get(module: nn.Module, name: str) -> Tensor | None:
     """A parameter; nn.Module's own look-up takes longer, but also finds what FSDP sets in its place."""
     parameter = module._parameters.get(name)
     return getattr(module, name, None) if parameter is None else parameter
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

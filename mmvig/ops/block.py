@@ -20,6 +20,7 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmvig.ops.bigla import triton as bigla
 from mmvig.ops.dwconv import triton as dwconv
@@ -49,7 +50,7 @@ KEPT = (
 OPTIONS = 'int heads, float eps, float mix_eps, bool conv_act, bool out_act, ScalarType weight_dtype'
 
 
-def to_low(dtype: torch.dtype, *weights: Tensor) -> Tensor:
+def to_low(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
     """The weights in ``dtype``, one after the other in one vector."""
     low = weights[0].new_empty(sum(w.numel() for w in weights), dtype=dtype)
     torch._foreach_copy_(torch._utils._unflatten_dense_tensors(low, weights), weights)
@@ -63,6 +64,32 @@ def from_low(low: Tensor, channels: int, rank: int, hidden: int) -> tuple[Tensor
         views.append(low.as_strided(shape, (shape[1], 1) if len(shape) == 2 else (1,), start))
         start += shape[0] * (shape[1] if len(shape) == 2 else 1)
     return tuple(views)
+
+
+# By a block's W_qkv: the vector of to_low(), its views alike to the weights, and those of from_low().
+_buffers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def to_low_again(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``from_low(to_low(...))`` in memory that stays with the block: for what no backward pass needs.
+
+    The weights are copied anew each time, since nothing tells of a change by ``weight.data``.
+    """
+    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        buffer = None  # memory of a graph stays its own
+    else:
+        buffer = _buffers.get(weights[0])
+    shapes = [w.shape for w in weights]
+    if buffer is None or buffer[:3] != (dtype, weights[0].device, shapes):
+        with torch.inference_mode(False):
+            low = to_low(dtype, weights)
+            parts = torch._utils._unflatten_dense_tensors(low, weights)
+            views = from_low(low, weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
+        if not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            _buffers[weights[0]] = dtype, weights[0].device, shapes, parts, views
+        return views
+    torch._foreach_copy_(buffer[3], weights)
+    return buffer[4]
 
 
 @functools.lru_cache(maxsize=64)
@@ -99,35 +126,59 @@ def _fake_block(x, branch, *args):
     )  # fmt: skip
 
 
-@operator(f'block({INPUTS}) -> ({", ".join(["Tensor"] * 11)})', _fake_block)
-def block_op(
-    x, branch, scale, branch_scale, norm1_weight, norm1_bias, conv, qkv, gate, gate_bias, down, up, up_bias,
-    norm_long, norm_short, out, norm2_weight, norm2_bias, fc1, fc2,
+def forward(
+    keep, x, branch, scale, branch_scale, norm1_weight, norm1_bias, conv, qkv, gate, gate_bias, down, up,
+    up_bias, norm_long, norm_short, out, norm2_weight, norm2_bias, fc1, fc2,
     heads, eps, mix_eps, conv_act, out_act, dtype,
-):  # fmt: skip
-    """s', its branch, and what the backward pass needs; arguments are validated."""
-    channels = x.shape[3]
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """s', its branch, and with ``keep`` what the backward pass needs."""
+    channels, kept = x.shape[3], []
     s, y = norm.forward(x, branch, scale, norm1_weight, norm1_bias, eps, dtype, 'none', False)
+    weights = qkv, gate, down, up, up_bias, out, fc1, fc2
+    if keep:
+        low = to_low(dtype, weights)
+        views = from_low(low, channels, down.shape[0], fc2.shape[1])
+        none = y.new_empty(0)
+        kept += s if branch is not None else x.new_empty(0), y  # an operator must not return its input
+    else:
+        views = to_low_again(dtype, weights)
+    w_in, w_up, b_up, w_out, w_1, w_2 = views
     s = x if s is None else s
-    low = to_low(dtype, qkv, gate, down, up, up_bias, out, fc1, fc2)
-    w_in, w_up, b_up, w_out, w_1, w_2 = from_low(low, channels, down.shape[0], fc2.shape[1])
     with torch._C._DisableAutocast():
-        conved = dwconv.forward(y, conv)
-        u = (F.silu(conved) if conv_act else conved).view(-1, channels)
-        wide = torch.mm(u, w_in.t())
-        decay = torch.addmm(b_up, wide[:, 3 * channels :], w_up.t())
-        views = views_of(wide, decay, x, heads)
-        o = u.new_empty(views[2].shape)
-        bigla.forward(*views, views[0].shape[3] ** -0.5, GATE_NORMALIZER, o)
-        del views, decay
-        o = o.view(-1, channels)
+        u = dwconv.forward(y, conv)
+        if keep:
+            kept.append(u if conv_act else none)
+        u = (F.silu(u) if conv_act else u).view(-1, channels)
+        del y
+        wide = F.linear(u, w_in)
+        views = views_of(wide, F.linear(wide[:, 3 * channels :], w_up, b_up), x, heads)
+        o = u.new_empty(u.shape)
+        scaling = views[0].shape[3] ** -0.5
+        bigla.forward(*views, scaling, GATE_NORMALIZER, o.view(views[2].shape))
+        del views
         m = gated_mix.mix(o, wide[:, 2 * channels :], u, norm_long, norm_short, gate_bias, mix_eps, out_act)
-        z = torch.mm(m, w_out.t()).view(x.shape)
-        s2, y2 = norm.forward(s, z, branch_scale, norm2_weight, norm2_bias, eps, dtype, 'none', False)
-        h = torch.mm(y2.view(-1, channels), w_1.t())
-        z2 = torch.mm(swiglu.activate(h), w_2.t()).view(x.shape)
-    kept = s if branch is not None else x.new_empty(0)  # an operator must not return its input
-    return s2, z2, kept, y, conved if conv_act else y.new_empty(0), u, wide, o, y2, h, low
+        if keep:
+            kept += u, wide, o
+        del u, wide, o
+        z = F.linear(m, w_out).view(x.shape)
+        del m
+        s, y = norm.forward(s, z, branch_scale, norm2_weight, norm2_bias, eps, dtype, 'none', False)
+        del z
+        h = F.linear(y.view(-1, channels), w_1)
+        if keep:
+            kept += y, h, low
+        del y
+        return s, F.linear(swiglu.activate(h), w_2).view(x.shape), *kept
+
+
+@operator(
+    f'block({INPUTS}) -> ({", ".join(["Tensor"] * 11)})',
+    _fake_block,
+    inference=functools.partial(forward, False),
+)
+def block_op(*args):
+    """A block's s' and its branch, and what the backward pass needs; arguments are validated."""
+    return forward(True, *args)
 
 
 def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
@@ -216,7 +267,8 @@ def of_weight(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Gradient of W in a product x W^T from that of the result, without a rounding to half precision."""
     if HAS_OUT_DTYPE and d.is_cuda and dtype == torch.float32 != d.dtype:
         return torch.mm(d.t(), x, out_dtype=dtype)
-    return torch.mm(d.t(), x).to(dtype)
+    product = torch.mm(d.t(), x)
+    return product if product.dtype == dtype else product.to(dtype)
 
 
 def _keep(inputs, output):

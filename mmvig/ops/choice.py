@@ -48,7 +48,7 @@ def use_triton(operator: str, backend: str, x: Tensor) -> bool:
     Raises:
         ValueError: the backend is unknown, or is 'triton' and cannot run.
     """
-    if backend == 'torch':
+    if backend == 'torch' or (backend == 'auto' and x.device.type == 'cpu'):
         return False
     if backend not in ('auto', 'triton'):
         raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 # The launcher's arguments are Triton's own affair: known for these versions, others go the public way.
-FAST_LAUNCH = not INTERPRETED and (3, 4) <= tuple(map(int, triton.__version__.split('.')[:2])) <= (3, 8)
+VERSION = tuple(map(int, triton.__version__.split('.')[:2]))
+FAST_LAUNCH = not INTERPRETED and (3, 4) <= VERSION <= (3, 8)
 MIN_CAPABILITY = (8, 0)
 
 
@@ -59,15 +60,24 @@ def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: Constants) -
     """
     found = constants.compiled.get((kernel.fn, key))
     if found:
-        run, function, metadata, values = found
-        stream = torch._C._cuda_getCurrentRawStream(key[0].index)
-        run(*grid, stream, function, metadata, None, None, None, *args, *values)
+        run, before, values = found
+        run(*grid, torch._C._cuda_getCurrentRawStream(key[0].index), *before, *args, *values)
         return
     compiled = kernel[grid](*args, **constants)
     if FAST_LAUNCH and key:
         values = [constants[name] for name in kernel.arg_names if name in constants]
-        record = compiled.run, compiled.function, compiled.packed_metadata, values
-        constants.compiled[kernel.fn, key] = record
+        constants.compiled[kernel.fn, key] = *_launcher(compiled), values
+
+
+def _launcher(compiled) -> tuple[Callable, tuple]:
+    """What launches a compiled kernel, and its arguments between the stream and the kernel's."""
+    launcher = compiled.run
+    arguments = compiled.function, compiled.packed_metadata, None, None, None
+    scratch = 'global_scratch_size', 'profile_scratch_size'
+    if VERSION == (3, 6) and not any(getattr(launcher, name) for name in scratch):
+        flags = launcher.launch_cooperative_grid, launcher.launch_pdl, None, None
+        return launcher.launch, (arguments[0], *flags, *arguments[1:])  # as its __call__ does, in Python
+    return launcher, arguments
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager:
@@ -101,8 +111,10 @@ _functions: dict[str, Callable] = {}
 _nodes: dict[str, type[torch.autograd.Function]] = {}  # of operators, in autograd's graph
 
 
-def operator(schema: str, fake: Callable) -> Callable:
+def operator(schema: str, fake: Callable, inference: Callable | None = None) -> Callable:
     """Make a function the PyTorch operator ``mmvig::<schema>``; ``fake`` makes its empty results.
+
+    ``inference`` takes its place where no gradient is asked for.
 
     What is returned calls the function itself where nothing watches PyTorch's operators (no compiler,
     tracer, dispatch mode, tensor subclass): the dispatcher took 40 to 120 us a call on an H200's host.
@@ -115,6 +127,7 @@ def operator(schema: str, fake: Callable) -> Callable:
         torch.library.register_fake(f'mmvig::{name}', fake, lib=_library)
         op = getattr(torch.ops.mmvig, name).default
         _functions[name] = function
+        without_gradient = inference or function
 
         @functools.wraps(function)
         def call(*args):
@@ -122,13 +135,14 @@ def operator(schema: str, fake: Callable) -> Callable:
                 return op(*args)
             learns = False
             for x in args:
-                if isinstance(x, Tensor):
-                    if type(x) not in PLAIN_TENSORS:
-                        return op(*args)
+                kind = type(x)
+                if kind in PLAIN_TENSORS:
                     learns = learns or x.requires_grad
+                elif kind not in PLAIN_OPTIONS:
+                    return op(*args)
             if learns and torch.is_grad_enabled():
                 return _nodes[name].apply(*args)
-            return function(*args)
+            return without_gradient(*args)
 
         call.op = op
         return call
@@ -137,6 +151,7 @@ def operator(schema: str, fake: Callable) -> Callable:
 
 
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+PLAIN_OPTIONS = frozenset((int, float, bool, str, torch.dtype, type(None)))
 
 
 def _is_watched() -> bool:

@@ -36,7 +36,7 @@ def make(family='ViGH', backend='triton', channels=32, heads=2, drop_path=0.0):
     return block.to(DEVICE)
 
 
-def make_inputs(size=(2, 5, 7), channels=32, branch=True, scaled=True):
+def make_inputs(size=(2, 3, 7), channels=32, branch=True, scaled=True):
     """x, and a branch with its scale or not."""
     generator = torch.Generator().manual_seed(1)
     x, b = torch.randn(2, *size, channels, generator=generator).to(DEVICE).requires_grad_()
@@ -75,16 +75,25 @@ def test_computes_what_the_modules_do(family, branch, scaled, monkeypatch):
     assert len(calls) == 1
 
 
+def assert_no_further(actual, plain, truth, slack=1.0):
+    """Errors against float64 like plain PyTorch's: on the geometric mean, and roughly each of them."""
+    ratios = []
+    for i, (a, p, t) in enumerate(zip(actual, plain, truth, strict=True)):
+        assert a.dtype == p.dtype and a.isfinite().all(), i
+        rounding = torch.finfo(p.dtype).eps / 8 * t.norm().item()
+        error, plain_error = (max((y - t).norm().item(), rounding) for y in (a, p))
+        assert error <= 2.5 * slack * plain_error, (i, error, plain_error)
+        ratios.append(error / plain_error)
+    mean = torch.tensor(ratios).log().mean().exp()
+    assert mean <= 1.15 * slack, ratios
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_mixed_precision_gives_nothing_away(dtype):
-    inputs = make_inputs((2, 9, 8))
+    inputs = make_inputs((2, 5, 7))
     truth = run(make(backend='chunked').double(), [x if x is None else x.double() for x in inputs])
-    low, actual = run(make(backend='chunked'), inputs, dtype), run(make(), inputs, dtype)
-    slack = 4.0 if dtype == torch.bfloat16 and not ON_GPU else 1.25  # the interpreter truncates to bf16
-    for a, p, t in zip(actual, low, truth, strict=True):
-        assert a.dtype == p.dtype
-        error, plain_error = ((y - t).norm().item() for y in (a, p))
-        assert error <= slack * max(plain_error, torch.finfo(dtype).eps / 4 * t.norm().item())
+    slack = 3.0 if dtype == torch.bfloat16 and not ON_GPU else 1.0  # the interpreter truncates to bf16
+    assert_no_further(run(make(), inputs, dtype), run(make(backend='chunked'), inputs, dtype), truth, slack)
 
 
 def arguments(block, inputs, monkeypatch):
@@ -119,21 +128,21 @@ def test_a_gradient_can_be_missing():
     assert torch.autograd.grad(z.sum(), block.mlp.fc1.weight)[0].abs().max() > 0
 
 
-@every_family
+@pytest.mark.parametrize('family', ['ViGH', 'ViG-T'])
 def test_compiled_is_the_same(family):
     block, inputs = make(family), make_inputs()
     torch.compiler.reset()
     compiled = torch.compile(
         block, fullgraph=True, dynamic=True, backend='inductor' if ON_GPU else 'aot_eager'
     )
-    for size in ((2, 5, 7), (2, 9, 3)):
+    for size in ((2, 3, 7), (2, 9, 2)):
         inputs = make_inputs(size)
         for actual, expected in zip(run(compiled, inputs), run(block, inputs), strict=True):
             torch.testing.assert_close(actual, expected)
 
 
 def test_same_bits_however_it_runs():
-    block, inputs = make(), make_inputs((3, 5, 7))
+    block, inputs = make(), make_inputs((3, 3, 6))
     results = run(block, inputs)
     assert all(map(torch.equal, results, run(block, inputs)))
     with torch.no_grad():
@@ -141,6 +150,16 @@ def test_same_bits_however_it_runs():
             assert torch.equal(y, expected)
         for y, expected in zip(block(*(x[:2] for x in inputs))[:2], results, strict=False):
             torch.testing.assert_close(y, expected[:2], rtol=1e-6, atol=1e-6)
+
+
+def test_weights_changed_behind_autograd_are_seen():
+    block, inputs = make(), make_inputs()
+    with torch.no_grad():
+        before = block(*inputs)[1]
+        block.mlp.fc2.weight.data.mul_(2)  # as mmengine's EMAHook does; no version tells of it
+        assert torch.equal(block(*inputs)[1], 2 * before)
+    with torch.inference_mode():
+        assert torch.equal(block(*inputs)[1], 2 * before)
 
 
 def add_hook(block):
@@ -170,8 +189,8 @@ def test_changed_modules_run(change, monkeypatch):
 
 
 def test_empty_batch():
-    outputs = run(make(), make_inputs((0, 5, 7)))
-    assert outputs[0].shape == (0, 5, 7, 32) and not any(x.any() for x in outputs)
+    outputs = run(make(), make_inputs((0, 3, 7)))
+    assert outputs[0].shape == (0, 3, 7, 32) and not any(x.any() for x in outputs)
 
 
 # On a GPU from here on.
@@ -188,10 +207,7 @@ def test_sweep(family, dtype, size, channels):
     truth = run(make(family, 'chunked', channels, heads).double(), wide)
     plain = run(make(family, 'chunked', channels, heads), inputs, dtype)
     actual = run(make(family, 'triton', channels, heads), inputs, dtype)
-    for i, (a, p, t) in enumerate(zip(actual, plain, truth, strict=True)):
-        error, plain_error = ((y - t).norm().item() for y in (a, p))
-        few = torch.finfo(dtype or torch.float32).eps / 2 * t.norm().item()
-        assert error <= max(1.5 * plain_error, few), (i, error, plain_error)
+    assert_no_further(actual, plain, truth)
 
 
 @gpu
