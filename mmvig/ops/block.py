@@ -27,6 +27,7 @@ from mmvig.ops.dwconv import triton as dwconv
 from mmvig.ops.gated_mix import triton as gated_mix
 from mmvig.ops.launch import differentiate, operator
 from mmvig.ops.norm import triton as norm
+from mmvig.ops.partial_sums import sum_partials
 from mmvig.ops.swiglu import triton as swiglu
 
 GATE_NORMALIZER = 16.0
@@ -181,8 +182,13 @@ def block_op(*args):
     return forward(True, *args)
 
 
+def small_sizes(channels: int, head_dim: int, rms1: bool, rms2: bool) -> tuple[int, ...]:
+    """Numbers of the gradients of norm1, conv, norm_long, norm_short, the gate's bias and norm2."""
+    return (2 - rms1) * channels, 9 * channels, head_dim, head_dim, channels, (2 - rms2) * channels
+
+
 def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
-    _, norm1_bias, conv, gate_bias, norm_long, _, _, norm2_bias = rest[:8]
+    _, norm1_bias, _, _, norm_long, _, _, norm2_bias = rest[:8]
     s, o, weight_dtype = rest[8], rest[13], rest[-1]
     channels, hidden = s.shape[3], rest[16].shape[1] // 2
     rank = rest[12].shape[1] - 3 * channels
@@ -190,20 +196,16 @@ def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
     def of_weight(*shape):
         return s.new_empty(shape, dtype=weight_dtype)
 
-    def of_norm(bias):
-        return s.new_empty(1 if bias is None else 2, channels, dtype=torch.float32)
-
+    small = sum(small_sizes(channels, norm_long.shape[0], norm1_bias is None, norm2_bias is None))
     return (
-        s.new_empty(s.shape), s.new_empty(s.shape, dtype=o.dtype), of_norm(norm1_bias),
-        conv.new_empty(conv.shape), of_weight(3 * channels + rank, channels), of_weight(channels, rank),
-        of_weight(channels), s.new_empty(2, norm_long.shape[0], dtype=torch.float32),
-        gate_bias.new_empty(channels, dtype=torch.float32), of_weight(channels, channels),
-        of_norm(norm2_bias), of_weight(2 * hidden, channels), of_weight(channels, hidden),
+        s.new_empty(s.shape), s.new_empty(s.shape, dtype=o.dtype), s.new_empty(small, dtype=torch.float32),
+        of_weight(3 * channels + rank, channels), of_weight(channels, rank), of_weight(channels),
+        of_weight(channels, channels), of_weight(2 * hidden, channels), of_weight(channels, hidden),
     )  # fmt: skip
 
 
 @operator(
-    f'block_backward(Tensor? ds, Tensor dz, {KEPT}, {OPTIONS}) -> ({", ".join(["Tensor"] * 13)})',
+    f'block_backward(Tensor? ds, Tensor dz, {KEPT}, {OPTIONS}) -> ({", ".join(["Tensor"] * 9)})',
     _fake_block_backward,
 )
 def block_backward_op(
@@ -211,7 +213,7 @@ def block_backward_op(
     norm2_weight, norm2_bias, s, y, conved, u, wide, o, s2, y2, h, low,
     heads, eps, mix_eps, conv_act, out_act, weight_dtype,
 ):  # fmt: skip
-    """Gradients of :func:`block_op`: of x, the branch and the weights, those of a norm side by side."""
+    """Gradients of :func:`block_op`: of x, the branch and the weights, the small ones in one vector."""
     channels, hidden = s.shape[3], h.shape[1] // 2
     rank, dtype = wide.shape[1] - 3 * channels, o.dtype
     w_in, w_up, b_up, w_out, w_1, w_2 = from_low(low, channels, rank, hidden)
@@ -256,11 +258,16 @@ def block_backward_op(
         dx, d_branch, d_norm1 = norm.backward(
             ds, dy, s, scale, norm1_weight, norm1_bias, eps, 'none', False, dtype
         )
-    d_heads = d_mix[:2].sum((1, 2))
-    return (
-        dx, d_branch, d_norm1, d_conv, d_in, d_up, d_up_bias, d_heads, d_mix[2].sum(0).view(-1), d_out,
-        d_norm2, d_fc1, d_fc2,
+    kinds1, programs1 = d_norm1.shape[:2]
+    kinds2, programs2 = d_norm2.shape[:2]
+    _, programs, heads, head_dim = d_mix.shape
+    segments = (
+        *[(0, programs1, channels)] * kinds1, (1, d_conv.shape[0], 9 * channels),
+        (2, programs * heads, head_dim), (2, programs * heads, head_dim), (2, programs, channels),
+        *[(3, programs2, channels)] * kinds2,
     )  # fmt: skip
+    small = sum_partials((d_norm1, d_conv, d_mix, d_norm2), segments)
+    return dx, d_branch, small, d_in, d_up, d_up_bias, d_out, d_fc1, d_fc2
 
 
 def of_weight(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -285,20 +292,22 @@ def _keep(inputs, output):
 
 def _backward(ds, dz, *kept):
     *kept, has_branch = kept
-    norm1_weight, norm1_bias, _, gate_bias, norm_long, norm_short, norm2_weight, norm2_bias, s = kept[2:11]
+    norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short, norm2_weight, norm2_bias, s = kept[
+        2:11
+    ]
     if dz is None:
         dz = torch.zeros_like(kept[11])
-    dx, d_branch, d_norm1, d_conv, d_in, d_up, d_up_bias, d_heads, d_gate_bias, d_out, d_norm2, *d_mlp = (
-        block_backward_op(ds, dz, *kept)
-    )
+    dx, d_branch, small, d_in, d_up, d_up_bias, d_out, d_fc1, d_fc2 = block_backward_op(ds, dz, *kept)
     channels = s.shape[3]
     d_qkv, d_gate, d_down = d_in.split((2 * channels, channels, d_in.shape[0] - 3 * channels))
+    sizes = small_sizes(channels, norm_long.shape[0], norm1_bias is None, norm2_bias is None)
+    d_norm1, d_conv, d_long, d_short, d_gate_bias, d_norm2 = small.split(sizes)
     return (
         dx, d_branch if has_branch else None, None, None,
-        *norm.of_weights(d_norm1, norm1_weight, norm1_bias), d_conv, d_qkv, d_gate,
-        d_gate_bias.to(gate_bias.dtype), d_down, d_up, d_up_bias,
-        d_heads[0].to(norm_long.dtype), d_heads[1].to(norm_short.dtype), d_out,
-        *norm.of_weights(d_norm2, norm2_weight, norm2_bias), *d_mlp,
+        *norm.of_weights(d_norm1.view(-1, channels), norm1_weight, norm1_bias),
+        d_conv.view(conv.shape).to(conv.dtype), d_qkv, d_gate, d_gate_bias.to(gate_bias.dtype),
+        d_down, d_up, d_up_bias, d_long.to(norm_long.dtype), d_short.to(norm_short.dtype), d_out,
+        *norm.of_weights(d_norm2.view(-1, channels), norm2_weight, norm2_bias), d_fc1, d_fc2,
     )  # fmt: skip
 
 

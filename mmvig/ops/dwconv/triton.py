@@ -194,25 +194,33 @@ def forward(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and the weight."""
+    """Gradient of x, and programs' shares of the weight's [., C, 1, 3, 3] in float32."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     dx = x.new_empty(x.shape)
     if not dx.numel():
-        return dx, torch.zeros_like(weight)
+        return dx, x.new_empty(0, *weight.shape, dtype=torch.float32)
     constants, grid, rows = divide(x.shape, BACKWARD_TILE, x.device)
     strips = grid[0] // ceil_div(x.shape[3], constants['BC']) * grid[1]
     dw = x.new_empty(strips, *weight.shape, dtype=torch.float32)
     with device_of(x):
         arguments = (dy, x, weight, dx, dw, *x.shape[1:3], rows)
         launch(backward_kernel, compile_key(dy, x, weight, dx), grid, arguments, constants)
-    return dx, dw.sum(0).to(weight.dtype)
+    return dx, dw
 
 
 dwconv3x3_op = operator(
     'dwconv3x3(Tensor x, Tensor weight) -> Tensor', lambda x, weight: x.new_empty(x.shape)
 )(forward)
-dwconv3x3_backward_op = operator(
+
+
+@operator(
     'dwconv3x3_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor, Tensor)',
     lambda dy, x, weight: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
-)(backward)
+)
+def dwconv3x3_backward_op(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`dwconv3x3_op`."""
+    dx, dw = backward(dy, x, weight)
+    return dx, dw.sum(0).to(weight.dtype)
+
+
 differentiate('dwconv3x3', dwconv3x3_backward_op)

@@ -155,7 +155,7 @@ def forward(x, branch, scale, weight, bias, eps, dtype, act, first):
 
 
 def backward(ds, dy, s, scale, weight, bias, eps, act, first, branch_dtype):
-    """dx, the branch's gradient (None where there is no ds), and dw [2 or 1, C] in float32."""
+    """dx, the branch's gradient (None where there is no ds), and programs' shares of dw [2 or 1, ., C]."""
     ds, dy, s, scale, weight, bias = contiguous(ds, dy, s, scale, weight, bias)
     batch, height, width, channels = s.shape
     dx = s.new_empty(s.shape)
@@ -171,7 +171,7 @@ def backward(ds, dy, s, scale, weight, bias, eps, act, first, branch_dtype):
         with device_of(s):
             arguments = (*tensors, dw, rows, height * width)
             launch(backward_kernel, compile_key(*tensors), (programs, 1, 1), arguments, options)
-    return dx, dbranch, dw.sum(1)
+    return dx, dbranch, dw
 
 
 def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -209,7 +209,7 @@ def norm_op(x, weight, bias, eps, dtype, act, first):
 def norm_backward_op(dy, x, weight, bias, eps, act, first):
     """Gradients of :func:`norm_op`, those of the weights side by side in float32."""
     dx, _, dw = backward(None, dy, x, None, weight, bias, eps, act, first, None)
-    return dx, dw
+    return dx, dw.sum(1)
 
 
 @operator(
@@ -236,7 +236,8 @@ def add_norm_op(x, branch, scale, weight, bias, eps, dtype, first):
 )
 def add_norm_backward_op(ds, dy, s, scale, weight, bias, eps, first, branch_dtype):
     """Gradients of :func:`add_norm_op`, those of the weights side by side in float32."""
-    return backward(ds, dy, s, scale, weight, bias, eps, 'none', first, branch_dtype)
+    dx, dbranch, dw = backward(ds, dy, s, scale, weight, bias, eps, 'none', first, branch_dtype)
+    return dx, dbranch, dw.sum(1)
 
 
 def _fake_dw(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,71 @@
+"""Sums of what programs of several kernels leave as their shares of small gradients, in one launch.
+
+Importing this module imports Triton.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmvig.ops.launch import Constants, compile_key, device_of, launch
+
+ROWS, COLUMNS, SOURCES = 32, 64, 4
+CONSTANTS = Constants(BR=ROWS, BC=COLUMNS, num_warps=4)
+
+
+@triton.jit
+def sum_kernel(p_0, p_1, p_2, p_3, p_table, p_out, BR: tl.constexpr, BC: tl.constexpr):
+    """Sum the rows of a block of columns; the table has of each its source, place, shape and target."""
+    p_row = p_table + tl.program_id(0) * 6
+    source = tl.load(p_row)
+    start = tl.load(p_row + 1)
+    rows = tl.load(p_row + 2)
+    step = tl.load(p_row + 3)
+    columns = tl.arange(0, BC)
+    inside = columns < tl.load(p_row + 4)
+    total = tl.zeros([BR, BC], tl.float32)
+    for first in range(0, rows, BR):
+        row = first + tl.arange(0, BR)
+        mask = (row < rows)[:, None] & inside[None, :]
+        at = start + row.to(tl.int64)[:, None] * step + columns[None, :]
+        if source == 0:
+            total += tl.load(p_0 + at, mask=mask, other=0.0)
+        elif source == 1:
+            total += tl.load(p_1 + at, mask=mask, other=0.0)
+        elif source == 2:
+            total += tl.load(p_2 + at, mask=mask, other=0.0)
+        else:
+            total += tl.load(p_3 + at, mask=mask, other=0.0)
+    tl.store(p_out + tl.load(p_row + 5) + columns, tl.sum(total, axis=0), mask=inside)
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(segments: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, int]:
+    """The kernel's table, and how many numbers it makes."""
+    table, target, starts = [], 0, [0] * SOURCES
+    for source, rows, width in segments:
+        for column in range(0, width, COLUMNS):
+            start = starts[source] + column
+            table.append((source, start, rows, width, min(COLUMNS, width - column), target + column))
+        starts[source] += rows * width
+        target += width
+    return torch.tensor(table, dtype=torch.int64).to(device), target
+
+
+def sum_partials(sources: Sequence[Tensor], segments: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """Sums over rows, one after the other in one vector.
+
+    Args:
+        sources: four contiguous tensors in float32.
+        segments: (source, rows, columns) of matrices that follow each other in each source.
+    """
+    table, size = _table(segments, sources[0].device)
+    out = sources[0].new_empty(size)
+    with device_of(out):
+        arguments = (*sources, table, out)
+        launch(sum_kernel, compile_key(*sources), (table.shape[0], 1, 1), arguments, CONSTANTS)
+    return out
