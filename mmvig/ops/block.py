@@ -82,7 +82,7 @@ def to_low_again(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tenso
         buffer = _buffers.get(weights[0])
     shapes = [w.shape for w in weights]
     if buffer is None or buffer[:3] != (dtype, weights[0].device, shapes):
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():  # the former alone would turn gradients on
             low = to_low(dtype, weights)
             parts = torch._utils._unflatten_dense_tensors(low, weights)
             views = from_low(low, weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
@@ -137,6 +137,7 @@ def forward(
     s, y = norm.forward(x, branch, scale, norm1_weight, norm1_bias, eps, dtype, 'none', False)
     weights = qkv, gate, down, up, up_bias, out, fc1, fc2
     if keep:
+        _buffers.pop(qkv, None)
         low = to_low(dtype, weights)
         views = from_low(low, channels, down.shape[0], fc2.shape[1])
         none = y.new_empty(0)
