@@ -1,4 +1,4 @@
-"""ImageNet classifiers: official weights, the published recipe, training and testing by the tools."""
+"""Classifiers: official weights, the published recipe, training and testing by the tools, small data."""
 
 import importlib.util
 import json
@@ -26,6 +26,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import CosineAnnealingLR, LinearLR, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import load_checkpoint
+from mmpretrain.structures import DataSample
 from PIL import Image
 from programs import run_well
 from torch import nn
@@ -45,6 +46,8 @@ MODELS_OF = {
     'vig_s': ('small', 0.2, 22_615_144, 5e-4, 0.1),
     'vig_b': ('base', 0.5, 89_022_184, 1e-3, 0.05),
 }
+# On Tiny-ImageNet's 40 classes.
+SMALL_DATA = ('vigh_t', 'swin_t', 'convnext_t')
 
 
 def load(name):
@@ -82,7 +85,8 @@ def loaded(name, tmp_path, content):
 
 
 def test_every_config_is_tested():
-    assert {path.stem for path in FOLDER.glob('*.py')} == {f'{name}_in1k' for name in MODELS_OF}
+    names = {*(f'{name}_in1k' for name in MODELS_OF), *(f'{name}_tin' for name in SMALL_DATA)}
+    assert {path.stem for path in FOLDER.glob('*.py')} == names
 
 
 @pytest.mark.parametrize(
@@ -399,3 +403,55 @@ def test_missing_imagenet_is_asked_for(tmp_path, monkeypatch, missing):
     with pytest.raises(SetupError, match=r'image-net\.org') as error:
         check_testing(cfg)
     assert str(tmp_path / 'data/imagenet' / missing) in str(error.value)
+
+
+def test_peers_on_small_data_differ_in_the_backbone_alone():
+    recipes = [Config.fromfile(FOLDER / f'{name}_tin.py') for name in SMALL_DATA]
+    assert len({recipe.model.backbone.type for recipe in recipes}) == 3
+    assert {recipe.model.backbone.drop_path_rate for recipe in recipes} == {0.1}
+    for recipe in recipes:
+        del recipe.model['backbone'], recipe.model['neck']  # ConvNeXt averages by itself
+    assert recipes[0].to_dict() == recipes[1].to_dict() == recipes[2].to_dict()
+    assert recipes[0].model.head.num_classes == recipes[0].model.data_preprocessor.num_classes == 40
+
+
+@pytest.mark.parametrize('name', SMALL_DATA[1:])  # the tool trains ViG-H below
+def test_a_peer_on_small_data_trains_a_step(name):
+    torch.manual_seed(0)
+    cfg = Config.fromfile(FOLDER / f'{name}_tin.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = MODELS.build(cfg.model).train()
+    sizes = {cfg.train_dataloader.dataset.pipeline[1].scale, *cfg.test_dataloader.dataset.pipeline[1].scale}
+    (side,) = sizes
+    samples = [DataSample().set_gt_label(label) for label in (3, 39)]
+    batch = {'inputs': torch.randint(0, 256, (2, 3, side, side)), 'data_samples': samples}
+    loss = model(**model.data_preprocessor(batch, True), mode='loss')['loss']
+    assert abs(loss.item() - math.log(40)) < 1
+    loss.backward()
+    assert [key for key, value in model.named_parameters() if value.grad is None] == []
+
+
+def test_a_classifier_of_small_data_starts_a_detectors_backbone(tmp_path, imagenet):
+    """Trained on class folders by the tool; its checkpoint, as it is, in ``init_cfg``."""
+    for split in ('train', 'val'):
+        for i in range(4):
+            folder = tmp_path / f'data/tin40/{split}/n{i % 2}'
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f'{i}.png').symlink_to(imagenet / f'{split}/{i}.png')
+    config = tmp_path / 'small.py'
+    config.write_text(SHRINK.format(base=str(FOLDER / 'vigh_t_tin.py')))
+    schedule = ['train_cfg.val_interval=1', 'param_scheduler.0.end=1', 'param_scheduler.1.begin=0']
+    run_well('train.py', config, '--cfg-options', *SMALL_LOADERS, *schedule, cwd=tmp_path)
+    run = tmp_path / 'work_dirs/small'
+    (scalars,) = run.glob('*/vis_data/scalars.json')
+    assert 'accuracy/top1' in json.loads(scalars.read_text().splitlines()[-1])
+
+    path = str(run / 'epoch_1.pth')
+    arch = dict(Config.fromfile(config).model.backbone.arch)
+    backbone = ViGH(arch, init_cfg={'type': 'Pretrained', 'checkpoint': path})
+    backbone.init_weights()
+    trained = torch.load(path, weights_only=False)['state_dict']
+    own = backbone.state_dict()
+    without = {key for key in own if f'backbone.{key}' not in trained}
+    assert without == {f'norm{i}.{leaf}' for i in range(3) for leaf in ('weight', 'bias')}
+    assert all(torch.equal(own[key], trained[f'backbone.{key}']) for key in own.keys() - without)

@@ -1,7 +1,7 @@
 """The small layers that both families are built of; channels last, ``[B, H, W, C]``.
 
-``backend`` is a model's: 'triton' has norms, depthwise convolutions, gates and activations on fused
-kernels, anything else on PyTorch's.
+``backend`` is a model's: 'auto' has norms, depthwise convolutions, gates and activations on fused kernels
+where they can run, 'triton' insists on them, anything else takes PyTorch's.
 """
 
 from torch import Tensor, nn

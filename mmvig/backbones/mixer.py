@@ -25,8 +25,8 @@ class GatedTokenMixer(nn.Module):
     Args:
         channels: width C of the input and the output.
         num_heads: heads H; keys are C / 2H wide, values C / H.
-        backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; 'triton' has the convolution and the mix on
-            fused kernels too. Default: 'auto'.
+        backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; all else in a block is on fused kernels with
+            'triton', and with 'auto' where they can run. Default: 'auto'.
         conv_act: whether u is silu(DWConv3x3(x)), as in plain ViG-T. Default: False.
         out_act: whether SiLU is applied to what W_o takes, as in plain ViG-T. Default: False.
 

@@ -71,8 +71,8 @@ class ViG(Backbone):
         frozen_stages: -1 freezes nothing, 0 the stem and the position embedding, i > 0 also the first i
             blocks with their output norms (no gradient, evaluation mode). Default: -1.
         with_cp: recompute each block in the backward pass to save memory. Default: False.
-        backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; 'triton' has the norms, activations and
-            depthwise convolutions on fused kernels too. Default: 'auto'.
+        backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; all else in a block is on fused kernels with
+            'triton', and with 'auto' where they can run. Default: 'auto'.
         init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
             files and our own, strictly (:mod:`mmvig.checkpoints`); an optional ``prefix`` picks a
             submodule's keys. Default: None, the published initialisation.

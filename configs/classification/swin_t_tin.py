@@ -1,0 +1,8 @@
+# The peer of vigh_t_tin.py: the same but for the backbone.
+_base_ = ['./vigh_t_tin.py']
+
+model = dict(
+    backbone=dict(
+        _delete_=True, type='SwinTransformer', arch='tiny', drop_path_rate=0.1, pad_small_map=True
+    )
+)
