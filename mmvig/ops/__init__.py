@@ -1,7 +1,7 @@
 """Operators of ViG in torch (and triton) alone: nothing here knows mmengine or mmcv.
 
-Each is a package: ``__init__`` has the formula and the choice of the backend, ``triton`` the kernels. ``block``
-is a whole block of the backbones made of them; the other modules are what they share.
+Each is a package: ``__init__`` has the formula and the choice of the backend, ``triton`` the kernels.
+``block`` is a whole block of the backbones made of them; the other modules are what they share.
 """
 
 from mmvig.ops.bigla import bigla, bigla_packed
