@@ -21,7 +21,7 @@ FAMILIES = {'ViGH': (LayerNorm, False), 'ViG': (RMSNorm, False), 'ViG-T': (RMSNo
 every_family = pytest.mark.parametrize('family', FAMILIES)
 
 
-def make(family='ViGH', backend='triton', channels=32, heads=2, drop_path=0.0):
+def make(family='ViGH', backend='triton', channels=16, heads=1, drop_path=0.0):
     """A block with weights that are all different."""
     norm, acts = FAMILIES[family]
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def make(family='ViGH', backend='triton', channels=32, heads=2, drop_path=0.0):
     return block.to(DEVICE)
 
 
-def make_inputs(size=(2, 3, 7), channels=32, branch=True, scaled=True):
+def make_inputs(size=(2, 3, 6), channels=16, branch=True, scaled=True):
     """x, and a branch with its scale or not."""
     generator = torch.Generator().manual_seed(1)
     x, b = torch.randn(2, *size, channels, generator=generator).to(DEVICE).requires_grad_()
@@ -92,7 +92,7 @@ def assert_no_further(actual, plain, truth, slack=1.0):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_mixed_precision_gives_nothing_away(dtype):
-    inputs = make_inputs((2, 5, 7))
+    inputs = make_inputs((2, 5, 6))
     truth = run(make(backend='chunked').double(), [x if x is None else x.double() for x in inputs])
     slack = 3.0 if dtype == torch.bfloat16 and not ON_GPU else 1.0  # the interpreter truncates to bf16
     assert_no_further(run(make(), inputs, dtype), run(make(backend='chunked'), inputs, dtype), truth, slack)
@@ -130,14 +130,13 @@ def test_a_gradient_can_be_missing():
     assert torch.autograd.grad(z.sum(), block.mlp.fc1.weight)[0].abs().max() > 0
 
 
-@pytest.mark.parametrize('family', ['ViGH', 'ViG-T'])
-def test_compiled_is_the_same(family):
-    block, inputs = make(family), make_inputs()
+def test_compiled_is_the_same():
+    block, inputs = make(), make_inputs()
     torch.compiler.reset()
     compiled = torch.compile(
         block, fullgraph=True, dynamic=True, backend='inductor' if ON_GPU else 'aot_eager'
     )
-    for size in ((2, 3, 7), (2, 9, 2)):
+    for size in ((2, 3, 6), (2, 5, 2)):
         inputs = make_inputs(size)
         for actual, expected in zip(run(compiled, inputs), run(block, inputs), strict=True):
             torch.testing.assert_close(actual, expected)
@@ -189,7 +188,7 @@ def replace(block):
             block.seen.append('replaced')
             return super().forward(x)
 
-    adapted = Adapted(32, 64, bias=False, device=DEVICE)
+    adapted = Adapted(16, 32, bias=False, device=DEVICE)
     adapted.load_state_dict(block.mixer.qkv.state_dict())
     block.mixer.qkv = adapted
 
@@ -206,8 +205,8 @@ def test_changed_modules_run(change, monkeypatch):
 
 
 def test_empty_batch():
-    outputs = run(make(), make_inputs((0, 3, 7)))
-    assert outputs[0].shape == (0, 3, 7, 32) and not any(x.any() for x in outputs)
+    outputs = run(make(), make_inputs((0, 3, 6)))
+    assert outputs[0].shape == (0, 3, 6, 16) and not any(x.any() for x in outputs)
 
 
 # On a GPU from here on.
