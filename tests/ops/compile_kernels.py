@@ -15,9 +15,8 @@ from mmvig.ops.bigla.triton import plan
 
 TYPES = {'p_sum': '*fp32', 'p_table': '*fp16', 'p_mask': '*i16', 'scale': 'fp32', 'inv': 'fp32'}
 # Of the fused operators: the residual stream, weights and their gradients are in float32.
-FUSED_TYPES = dict.fromkeys(
-    ['p_s', 'p_ds', 'p_scale', 'p_w', 'p_b', 'p_wl', 'p_ws', 'p_bias', 'p_dw'], '*fp32'
-)
+FLOATS = ['p_s', 'p_ds', 'p_scale', 'p_w', 'p_b', 'p_wl', 'p_ws', 'p_bias', 'p_dw']
+FUSED_TYPES = {'p_table': '*i64', **dict.fromkeys([*FLOATS, 'p_0', 'p_1', 'p_2', 'p_3', 'p_out'], '*fp32')}
 
 
 def compile_for(capability: int, kernel, constants: dict, types: dict) -> int:
@@ -48,11 +47,13 @@ def bigla_launches():
 
 def fused_launches():
     """Kernels and constants of the fused operators at 384 channels."""
+    from mmvig.ops import partial_sums
     from mmvig.ops.dwconv import triton as dwconv
     from mmvig.ops.gated_mix import triton as gated_mix
     from mmvig.ops.norm import triton as norm
     from mmvig.ops.swiglu import triton as swiglu
 
+    yield partial_sums.sum_kernel, partial_sums.CONSTANTS
     cpu = torch.device('cpu')
     for name in ('forward_kernel', 'backward_kernel'):
         forward = name == 'forward_kernel'
