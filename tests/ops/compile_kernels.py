@@ -38,6 +38,7 @@ def bigla_launches():
     p = plan(16, 32, torch.bfloat16)
     shared = {'UNIT': 8, 'SAME': True}
     yield kernels.states_kernel, {**p['states'], **shared, 'NC': 1, 'BACKWARD': True}
+    yield kernels.walk_kernel, {**p['walk_back_states'], **shared}
     yield kernels.scan_kernel, {**p['scan'], 'NC': 1, 'BW': 2, 'BR': 8, 'num_warps': 1, 'num_stages': 1}
     for strong in (False, True):
         form = {**shared, 'STRONG': strong, 'GROUP': 16}

@@ -25,6 +25,7 @@ BALANCED = tl.constexpr(0)  # +1/2 up to the row's token, -1/2 after it
 UP_TO = tl.constexpr(1)  # 1 up to the row's token
 AFTER = tl.constexpr(2)  # 1 after the row's token; in the last row, where that is nothing, everywhere
 BEFORE = tl.constexpr(3)  # 1 before the row's token; in the first row, where that is nothing, everywhere
+FROM = tl.constexpr(4)  # 1 from the row's token on
 
 
 @triton.jit
@@ -398,6 +399,84 @@ def states_kernel(
         if BACKWARD:
             store_state(p_state, s2, n_states * 2 + i_state, i_v, K, V, BK, BV)
             store_state(p_state, s3, n_states * 3 + i_state, i_v, K, V, BK, BV)
+
+
+@triton.jit(do_not_specialize=INTS)
+def walk_kernel(
+    p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_sum, p_table, N, H, n_states,
+    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
+    s_oh, scale, inv,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr,
+):  # fmt: skip
+    """What states_kernel and scan_kernel do, for many sequences of NC = 1: a program walks along one of them.
+
+    It carries one of the states from chunk to chunk, so that nothing is left to scan.
+    """
+    if SAME:
+        s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
+        s_bb, s_bn, s_bh = s_fb, s_fn, s_fh
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_z = tl.program_id(0)
+    i_v = tl.program_id(1) % NV
+    i_h = (tl.program_id(1) // NV).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    i_bh = i_b * H + i_h
+    n_chunks = tl.cdiv(N, BT)
+    reverse = (i_z == 1) | (i_z == 2)
+    of_keys = i_z < 2
+    if of_keys:
+        p_x = p_k + (i_b * s_kb + i_h * s_kh) * UNIT
+        p_y = p_v + (i_b * s_vb + i_h * s_vh) * UNIT
+        s_x, s_y = s_kn, s_vn
+    else:
+        p_x = p_q + (i_b * s_qb + i_h * s_qh) * UNIT
+        p_y = p_o + (i_b * s_ob + i_h * s_oh) * UNIT
+        s_x, s_y = s_qn, s_on
+    if i_z % 2 == 0:
+        p_g = p_f + (i_b * s_fb + i_h * s_fh) * UNIT
+        s_g = s_fn
+    else:
+        p_g = p_b + (i_b * s_bb + i_h * s_bh) * UNIT
+        s_g = s_bn
+    # AFTER, BEFORE, UP_TO, FROM: how far a token's part is from where the state leaves the chunk.
+    i_table = tl.where(of_keys, i_z + AFTER, tl.where(i_z == 2, UP_TO, FROM))
+    table = load_table(p_table + i_table * BT * BT, 0, BT)
+    every = tl.num_programs(2).to(tl.int64) * H * n_chunks
+    p_sum += (i_z % 2 * every + i_bh * n_chunks) * K
+    i_state = i_z * n_states.to(tl.int64) + i_bh * n_chunks
+    o_k = tl.arange(0, BK)
+    row = tl.arange(0, BT)[:, None]
+    whole = row == tl.where(i_z % 2 == 0, BT - 1, 0)  # where the table has all tokens
+    factor = tl.where(of_keys, 1.0, scale)
+    state = tl.zeros((BK, BV), tl.float32)
+    for i in range(n_chunks - 1):
+        i_c = tl.where(reverse, n_chunks - 1 - i, i)
+        c, total = walk_gates(p_g, i_c, N, s_g, table, whole, inv, K, BT, BK, UNIT, MODE)
+        x = load_tile(p_x, i_c, 0, N, s_x, 0.0, K, BT, BK, UNIT).to(tl.float32)
+        y = load_tile(p_y, i_c, i_v, N, s_y, 0.0, V, BT, BV, UNIT)
+        if of_keys:
+            if i_v == 0:  # noqa: SIM102  Triton has no lazy `and`
+                tl.store(p_sum + i_c * K + o_k, total, mask=o_k < K)
+        x = tf32_ready(x * factor, PAIR_MODE) * tl.exp2(tl.where(whole & of_keys, 0.0, c))
+        state = product(tl.trans(x), y, tl.exp2(total)[:, None] * state, PAIR_MODE)
+        store_state(p_state, state, i_state + i_c, i_v, K, V, BK, BV)
+    if of_keys:  # what leaves the last chunk enters none
+        if i_v == 0:
+            i_c = tl.where(reverse, 0, n_chunks - 1)
+            _, total = walk_gates(p_g, i_c, N, s_g, table, whole, inv, K, BT, BK, UNIT, MODE)
+            tl.store(p_sum + i_c * K + o_k, total, mask=o_k < K)
+
+
+@triton.jit
+def walk_gates(
+    p_g, i_c, N, s_g, table, whole, inv,
+    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
+    """A chunk's log2 decays, summed by the table [BT, BK], and its row that has all of them [BK]."""
+    ld, _ = load_gates(p_g, i_c, N, s_g, K, BT, BK, UNIT, MODE)
+    c = tile_sum(table, ld * inv, MODE)
+    return c, tl.sum(tl.where(whole, c, 0.0), 0)
 
 
 @triton.jit

@@ -56,15 +56,16 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     if block_k == 16:
         warps = {
             'states': (1, 2),
+            'walk': (2, 3),
             'output': (4, 3) if mode == 'bf16' and block_v <= 32 else (2, 2),
             'dv': (1, 2),
             'gradient': (2, 2),
         }
     elif block_k == 32:
         # Two warps: with four, Triton 3.6 makes kernels that read wrong addresses on Hopper.
-        warps = {'states': (2, 1), 'output': (2, 1), 'dv': (2, 2), 'gradient': (2, 1)}
+        warps = {'states': (2, 1), 'walk': (2, 2), 'output': (2, 1), 'dv': (2, 2), 'gradient': (2, 1)}
     else:
-        warps = dict.fromkeys(('states', 'output', 'dv', 'gradient'), (4, 1))
+        warps = dict.fromkeys(('states', 'walk', 'output', 'dv', 'gradient'), (4, 1))
     warps = {
         name: dict(zip(('num_warps', 'num_stages'), pair, strict=True)) for name, pair in warps.items()
     }
@@ -80,6 +81,8 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
         'state_dtype': state_dtype,
         'states': {**blocks, 'PAIR_MODE': mode, **warps['states']},
         'back_states': {**back, 'PAIR_MODE': pair_mode, **warps['states']},
+        'walk_states': {**blocks, 'PAIR_MODE': mode, **warps['walk']},
+        'walk_back_states': {**back, 'PAIR_MODE': pair_mode, **warps['walk']},
         **both,
         **{f'strong_{name}': {**constants, **strong} for name, constants in both.items()},
         'scan': {'K': key_dim, 'V': value_dim, 'BV': max(16, triton.next_power_of_2(value_dim))},
@@ -104,6 +107,9 @@ if INTERPRETED:
 GROUP = 16
 # Programs that each multiprocessor should get before any takes a second chunk, and the most chunks of one.
 FILL, MAX_RUN = 8, 8
+# Tokens of the longest sequences whose states are walked; the number of sequences must not decide, as
+# the rounding of states differs and an image's result would depend on its batch.
+MAX_WALK = 32 if INTERPRETED else 1024
 # Largest second and third size of a CUDA grid.
 MAX_GRID = 65535
 
@@ -111,7 +117,7 @@ _tables: dict = {}
 
 
 def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Constants of the kernels: tables [4, BT, BT], UP_TO in bf16, and masks of queries [2, BT, BT]."""
+    """Constants of the kernels: tables [5, BT, BT], UP_TO in bf16, and masks of queries [2, BT, BT]."""
     found = _tables.get((device, block_t))
     if found:
         return found
@@ -120,7 +126,7 @@ def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
     balanced = (column <= row).float() - 0.5
     after = (column > row) | (row == block_t - 1)
     before = (column < row) | (row == 0)
-    sums = torch.stack([balanced, column <= row, after, before]).to(torch.float16)
+    sums = torch.stack([balanced, column <= row, after, before, column >= row]).to(torch.float16)
     up_to = (column <= row).to(torch.float32 if INTERPRETED else torch.bfloat16)
     masks = -torch.stack([column < row, column > row]).to(torch.int16)
     found = sums, up_to, masks
@@ -188,6 +194,14 @@ def make_states(
     num_segments = n_states // (batch * heads)
     constants = constants_of(*widths, name, UNIT=unit, SAME=same, NC=chunks, BACKWARD=kinds == 4)
     blocks_v = ceil_div(value_dim, constants['BV'])
+    if chunks == 1 and num_tokens <= MAX_WALK:
+        constants = constants_of(*widths, f'walk_{name}', UNIT=unit, SAME=same)
+        launch(
+            kernels.walk_kernel, key, (kinds, heads * blocks_v, batch),
+            (*inputs, state, sums, tables(state.device, constants['BT'])[0], num_tokens, heads, n_states,
+             *strides, *common), constants,
+        )  # fmt: skip
+        return
     run = run_length(num_segments, batch * heads * blocks_v, state.device)
     table = tables(state.device, constants['BT'])[0]
     launch(
