@@ -13,6 +13,8 @@ import torch
 from programs import run_well
 from torch import nn
 
+from mmvig.ops import bigla
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / 'tools/benchmark'
 MASK_RCNN = ROOT / 'configs/detection/maskrcnn_vigh_t_shapes_cpu.py'
@@ -38,7 +40,7 @@ def module(monkeypatch):
     monkeypatch.setattr(sys, 'path', [str(BENCHMARKS), *sys.path])
     before = set(sys.modules)
     yield importlib.import_module
-    for name in {'backbone', 'common', 'detector', 'fused', 'models', 'steps'} - before:
+    for name in {path.stem for path in BENCHMARKS.glob('*.py')} - before:
         sys.modules.pop(name, None)
 
 
@@ -100,6 +102,49 @@ def test_fused_operators(module, monkeypatch, tmp_path):
     assert by_name['add_norm']['floor'] * 1e9 == 4 * size + 2 * 32 * 4  # x, branch, sum, norm; weights
     # Forward x and y; backward dy, x and dx; three times the weight's size.
     assert by_name['dwconv']['training_floor'] * 1e9 == 2 * size + 3 * size + 3 * 32 * 9 * 4
+
+
+@pytest.mark.parametrize(
+    ('tokens', 'key', 'value', 'dtype', 'chunks'),
+    [
+        (1, 16, 32, torch.bfloat16, None),
+        (17, 12, 24, torch.float16, 1),  # two chunks, as the interpreter's have 16 tokens
+        (50, 16, 32, torch.bfloat16, 2),  # two segments
+    ],
+)
+def test_one_direction_twice_is_the_operator(module, monkeypatch, tokens, key, value, dtype, chunks):
+    one_direction = module('one_direction')
+    if chunks:
+        plan = one_direction.plan
+        monkeypatch.setattr(one_direction, 'plan', lambda *widths: {**plan(*widths), 'NC': chunks})
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    inputs = module('bigla').make_inputs((1, 1, tokens, key, value), dtype, device)
+    do = torch.randn_like(inputs[2])
+    results = []
+    for function, dtype_of in (
+        (one_direction.twice, dtype),
+        (lambda *x: bigla(*x, backend='reference'), torch.float64),
+    ):
+        leaves = [x.detach().to(dtype_of).requires_grad_() for x in inputs]
+        o = function(*leaves)
+        results.append([o, *torch.autograd.grad(o, leaves, do.to(dtype_of))])
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
+    for name, a, e in zip(('o', 'q', 'k', 'v', 'g_fwd', 'g_bwd'), *results, strict=True):
+        assert a.dtype == dtype and a.isfinite().all(), name
+        assert (a - e).abs().max() <= tolerance * e.abs().max(), name
+
+
+def test_one_direction_refuses_float32(module):
+    with pytest.raises(ValueError, match='bf16 and fp16 alone'):
+        module('one_direction').one_direction(*torch.zeros(4, 1, 3, 1, 16))
+
+
+def test_bigla_leaves_out_what_cannot_run(module, capsys):
+    benchmark = module('bigla')
+    for dtype, device in (('bf16', 'cpu'), ('fp32', 'cuda')):
+        assert list(benchmark.candidates([], ['twice'], dtype, device)) == []
+        assert 'one direction twice runs on GPUs' in capsys.readouterr().out
+    assert list(benchmark.candidates([], ['twice'], 'fp16', 'cuda')) == ['one direction twice']
 
 
 def test_backward_marks_enclose_the_backbone_alone(module, monkeypatch):

@@ -1,13 +1,15 @@
 """Time BiGLA's backends and peers against the memory floor, after checking that they compute the same.
 
     python tools/benchmark/bigla.py                          # all shapes, bf16, on the GPU
-    python tools/benchmark/bigla.py --shapes 'det 1' --dtype fp16 --peers ''
+    python tools/benchmark/bigla.py --shapes 'det 1' --dtype fp16 --peers
     python tools/benchmark/bigla.py --graph --peers sdpa     # without the time that launching takes
+    python tools/benchmark/bigla.py --peers twice            # what merging the two directions gains
     python tools/benchmark/bigla.py --growth                 # time a token from 4,096 to 1,048,576 tokens
 
 The floor is the time to read every input and write every output once, at the bandwidth of a large copy.
 Times are medians; the L2 cache is flushed before each run on a GPU, not before replays of a CUDA graph.
-Writes bigla.json and bigla.png.
+'one direction twice' is our own kernels of one direction (one_direction.py) in bf16 or fp16, run once a
+direction, for the second on flipped copies. Writes bigla.json and bigla.png.
 """
 
 import argparse
@@ -38,6 +40,7 @@ SHAPES = {
     'ViG-T 1024': (32, 3, 4096, 32, 64),
 }
 GROWTH = {f'N {2**i}': (2, 3, 2**i, 16, 32) for i in range(12, 21, 2)}
+PEERS = ('fla', 'sdpa', 'twice')
 # Error of the outputs relative to the largest value, allowed before a time is reported.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 # The longest sequences that are practical, and over which softmax attention is worth timing.
@@ -72,8 +75,8 @@ def fla_twice(q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_bwd: Tensor) -> 
     return (forward + chunk_gla(*flipped, scale=scale)[0].flip(1)) / 2
 
 
-def candidates(backends: list[str], peers: list[str]) -> dict[str, Callable]:
-    """What to time, by name; peers that are not installed are left out, with a line."""
+def candidates(backends: list[str], peers: list[str], dtype: str, device: str) -> dict[str, Callable]:
+    """What to time, by name; peers that are not installed or cannot run are left out, with a line."""
     functions = {}
     for name in backends:
         functions[name] = lambda *x, name=name: bigla(*x, backend=name)
@@ -82,6 +85,13 @@ def candidates(backends: list[str], peers: list[str]) -> dict[str, Callable]:
             print('fla-core is not installed: left out')
         else:
             functions['fla twice'] = fla_twice
+    if 'twice' in peers:
+        if device == 'cpu' or dtype == 'fp32':
+            print('one direction twice runs on GPUs, in bf16 and fp16: left out')
+        else:
+            from one_direction import twice  # which imports Triton
+
+            functions['one direction twice'] = twice
     if 'sdpa' in peers:
         functions['softmax attention'] = softmax_attention
     return functions
@@ -156,7 +166,7 @@ def show(name: str, result: dict) -> None:
     print(f'floor {floors[0] * 1e3:.3f} / {floors[1] * 1e3:.3f} ms')
     for row in result['rows']:
         if row.get('wrong'):
-            print(f'  {row["name"]:18} wrong: error {row["error"]:.1e} of the largest value')
+            print(f'  {row["name"]:19} wrong: error {row["error"]:.1e} of the largest value')
             continue
         memory = (
             ''
@@ -164,7 +174,7 @@ def show(name: str, result: dict) -> None:
             else ' {:8.1f} {:8.1f} MB'.format(row['forward_memory'] / 1e6, row['training_memory'] / 1e6)
         )
         print(
-            f'  {row["name"]:18} forward {row["forward"] * 1e3:9.3f} ms ({row["forward_factor"]:7.1f} x), '
+            f'  {row["name"]:19} forward {row["forward"] * 1e3:9.3f} ms ({row["forward_factor"]:7.1f} x), '
             f'forward + backward {row["training"] * 1e3:9.3f} ms ({row["training_factor"]:7.1f} x), '
             f'{result["bytes"][0] / row["forward"] / 1e12:5.2f} TB/s{memory}',
             flush=True,
@@ -217,7 +227,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--dtype', choices=DTYPES, default='bf16')
     parser.add_argument('--backends', nargs='*', default=['triton', 'chunked'], choices=BACKENDS)
     parser.add_argument(
-        '--peers', nargs='*', default=['fla', 'sdpa'], help='fla (fla-core), sdpa (softmax attention)'
+        '--peers',
+        nargs='*',
+        default=list(PEERS),
+        choices=PEERS,
+        help='fla (fla-core), sdpa (softmax attention), twice (our own kernels once a direction)',
     )
     parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
     parser.add_argument(
@@ -243,7 +257,7 @@ def main() -> None:
     bandwidth = copy_bandwidth(args.device)
     machine = machine_name(args.device)
     print(f'{machine}, torch {torch.__version__}, {args.dtype}, copy bandwidth {bandwidth / 1e12:.2f} TB/s')
-    functions = candidates(args.backends, args.peers)
+    functions = candidates(args.backends, args.peers, args.dtype, args.device)
     report = {'machine': machine, 'torch': torch.__version__, 'dtype': args.dtype, 'bandwidth': bandwidth}
     report |= {'graph': args.graph, 'results': {}}
     results = report['results']
