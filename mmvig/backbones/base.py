@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 
-import torch
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor
 
 from mmvig import checkpoints
+from mmvig.backbones.graphs import Graphs
 
 
 class Backbone(BaseModule):
     """A stem, then a list of units (stages or blocks), with a norm ``norm{i}`` for each that is an output.
 
     A subclass builds ``stem``, the list that ``units`` names, up to the last output, and the norms. It ends
-    its ``__init__`` with :meth:`_freeze`.
+    its ``__init__`` with :meth:`_freeze`. Its ``_compute`` makes the maps of checked images.
 
     Args:
         num_units: units of the whole network, built or not.
@@ -21,6 +21,8 @@ class Backbone(BaseModule):
         out_indices: units that are outputs.
         drop_path_rate: stochastic depth of the last block.
         frozen_stages: -1 freezes nothing, 0 the stem, i > 0 also the first i units.
+        with_cp: whether the subclass recomputes its blocks in the backward pass.
+        cuda_graphs: how many kinds of input to run as CUDA graphs.
         init_cfg: mmengine's initialisation.
 
     Raises:
@@ -42,6 +44,8 @@ class Backbone(BaseModule):
         out_indices: Sequence[int],
         drop_path_rate: float,
         frozen_stages: int,
+        with_cp: bool,
+        cuda_graphs: int,
         init_cfg: dict | list[dict] | None,
     ):
         super().__init__(init_cfg=init_cfg)
@@ -55,6 +59,7 @@ class Backbone(BaseModule):
             raise ValueError(f'frozen_stages must be in -1..{num_built}, got {frozen_stages}')
         self.frozen_stages = frozen_stages
         self._strict_loading = True
+        self._graphs = Graphs(cuda_graphs, with_cp)
 
     def _parse_out_indices(self, out_indices: Sequence[int]) -> tuple[int, ...]:
         out_indices = tuple(sorted(out_indices))
@@ -65,14 +70,12 @@ class Backbone(BaseModule):
             raise ValueError(f'out_indices must be in 0..{self.num_units - 1}, got {out_indices}')
         return out_indices
 
-    def _channels_last(self, x: Tensor) -> Tensor:
-        """Checked images [B, C, H, W] -> [B, H, W, C], a permuted view of memory laid out so."""
+    def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < self.min_side:
             raise ValueError(
                 f'images must be [B, {self.in_channels}, H, W] with H, W >= {self.min_side}, '
                 f'got {list(x.shape)}'
             )
-        return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
     def train(self, mode: bool = True) -> 'Backbone':
         """Set the training mode; frozen parts stay in evaluation mode."""

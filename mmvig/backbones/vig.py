@@ -71,6 +71,8 @@ class ViG(Backbone):
         frozen_stages: -1 freezes nothing, 0 the stem and the position embedding, i > 0 also the first i
             blocks with their output norms (no gradient, evaluation mode). Default: -1.
         with_cp: recompute each block in the backward pass to save memory. Default: False.
+        cuda_graphs: how many input shapes to run as CUDA graphs, for inputs of fixed size
+            (:mod:`mmvig.backbones.graphs`); 0 for none, as with_cp needs. Default: 0.
         backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; all else in a block is on fused kernels with
             'triton', and with 'auto' where they can run. Default: 'auto'.
         init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
@@ -100,6 +102,7 @@ class ViG(Backbone):
         drop_path_rate: float | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        cuda_graphs: int = 0,
         backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
     ):
@@ -110,7 +113,9 @@ class ViG(Backbone):
             out_indices = (depth - 1,)
         if not isinstance(img_size, int) or img_size < self.min_side:
             raise ValueError(f'img_size must be an int of at least {self.min_side}, got {img_size!r}')
-        super().__init__(depth, in_channels, out_indices, drop_path_rate, frozen_stages, init_cfg)
+        super().__init__(
+            depth, in_channels, out_indices, drop_path_rate, frozen_stages, with_cp, cuda_graphs, init_cfg
+        )
         self.depths = (depth,)
         self.num_features = [channels]
         self.with_cp = with_cp
@@ -156,7 +161,11 @@ class ViG(Backbone):
         Raises:
             ValueError: x is not a batch of images with ``in_channels`` channels, or they are too small.
         """
-        x = self.stem(self._channels_last(x))
+        self._check(x)
+        return self._graphs.run(self, x)
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
         x = x + self._position_embedding(x.shape[1], x.shape[2])
         maps, state = [], (x,)
         for i, block in enumerate(self.blocks):

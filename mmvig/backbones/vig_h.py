@@ -96,6 +96,8 @@ class ViGH(Backbone):
         frozen_stages: -1 freezes nothing, 0 the stem, i > 0 also the first i stages with their output
             norms and downsamples (no gradient, evaluation mode). Default: -1.
         with_cp: recompute each block in the backward pass to save memory. Default: False.
+        cuda_graphs: how many input shapes to run as CUDA graphs, for inputs of fixed size
+            (:mod:`mmvig.backbones.graphs`); 0 for none, as with_cp needs. Default: 0.
         backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; all else in a block is on fused kernels with
             'triton', and with 'auto' where they can run. Default: 'auto'.
         init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
@@ -122,13 +124,23 @@ class ViGH(Backbone):
         drop_path_rate: float | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        cuda_graphs: int = 0,
         backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
     ):
         embed_dims, depths, num_heads = _parse_arch(arch)
         if drop_path_rate is None:
             drop_path_rate = DROP_PATH_RATES[arch] if isinstance(arch, str) else 0.0
-        super().__init__(len(depths), in_channels, out_indices, drop_path_rate, frozen_stages, init_cfg)
+        super().__init__(
+            len(depths),
+            in_channels,
+            out_indices,
+            drop_path_rate,
+            frozen_stages,
+            with_cp,
+            cuda_graphs,
+            init_cfg,
+        )
         self.depths = tuple(depths)
         num_stages = max(self.out_indices) + 1
         self.num_features = [embed_dims * 2**i for i in range(num_stages)]
@@ -170,7 +182,11 @@ class ViGH(Backbone):
         Raises:
             ValueError: x is not a batch of images with ``in_channels`` channels.
         """
-        x = self.stem(self._channels_last(x))
+        self._check(x)
+        return self._graphs.run(self, x)
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
         maps = []
         for i, stage in enumerate(self.stages):
             x, branch, scale = stage(x)

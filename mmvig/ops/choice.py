@@ -62,3 +62,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast would compute a product with ``x`` in: its own where autocast is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode, a tracer or a transform of torch.func must see each operator."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )

@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from mmvig.ops.choice import is_watched
+
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 # The launcher's arguments are Triton's own affair: known for these versions, others go the public way.
 VERSION = tuple(map(int, triton.__version__.split('.')[:2]))
@@ -131,7 +133,7 @@ def operator(schema: str, fake: Callable, inference: Callable | None = None) -> 
 
         @functools.wraps(function)
         def call(*args):
-            if torch.compiler.is_compiling() or _is_watched():
+            if torch.compiler.is_compiling() or is_watched():
                 return op(*args)
             learns = False
             for x in args:
@@ -152,15 +154,6 @@ def operator(schema: str, fake: Callable, inference: Callable | None = None) -> 
 
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 PLAIN_OPTIONS = frozenset((int, float, bool, str, torch.dtype, type(None)))
-
-
-def _is_watched() -> bool:
-    """Whether a dispatch mode, a tracer or a transform of torch.func must see each operator."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 def keep_inputs(inputs: tuple, output: object) -> tuple[tuple, tuple]:

@@ -43,7 +43,7 @@ def sum_kernel(p_0, p_1, p_2, p_3, p_table, p_out, BR: tl.constexpr, BC: tl.cons
     tl.store(p_out + tl.load(p_row + 5) + columns, tl.sum(total, axis=0), mask=inside)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache  # for good: CUDA graphs read the tables
 def _table(segments: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, int]:
     """The kernel's table, and how many numbers it makes."""
     table, target, starts = [], 0, [0] * SOURCES

@@ -6,7 +6,7 @@ exponent is positive and none loses digits, however strong the gates are. See RE
 """
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -219,7 +219,7 @@ def _masks(size: int, reverse: bool, like: Tensor) -> dict[str, Tensor]:
     return make(size, reverse, like.dtype, like.device)
 
 
-@lru_cache(maxsize=64)
+@cache  # for good: CUDA graphs read them
 def _make_masks(size: int, reverse: bool, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Rows of a matrix are what F.linear sums to: positions t, or pairs of positions (t, s).
 
