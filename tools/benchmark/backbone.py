@@ -14,7 +14,8 @@ at most twice that of the chunked backend in the same precision. All must have m
 finite maps and gradients. Otherwise no time is reported. `models.py` says what a model is here.
 
 Times are medians, with the 10th and 90th percentile, of calls one after the other; "latency" waits for each
-call, "host" is the part of it until the call returns. "1.20 x Swin-T" is 1.20 times as fast as Swin-T.
+call, "host" is the part of it until the call returns. "1.20 x Swin-T" is 1.20 times as fast as Swin-T;
+"replayed" is one of ours with cuda_graphs=1, next to the peers' eager calls.
 
 Writes backbone.json after each row, and backbone.png (with --sweep, backbone_sweep.*). The exit status is 1
 if a row failed or was wrong; a row that ran out of memory, and an absent peer, only say so.
@@ -38,6 +39,7 @@ from common import DTYPES, machine, measure, megabytes, milliseconds, peak_memor
 from models import MODELS, SIDE_MULTIPLE, Absent, Entry, build, choose
 from steps import Wrong, capture, check_ours, check_step, kernels, make_step
 
+from mmvig.backbones.graphs import CALLS
 from mmvig.engine.preflight import SetupError, one_line_errors
 from mmvig.ops.bigla import BACKENDS
 
@@ -107,7 +109,7 @@ class Benchmark:
 
     def run(self, entry: Entry, shape: Shape, dtype: str, steps: list[str]) -> None:
         """All rows of a model at a shape and a precision."""
-        jobs = [(kind, mode) for kind in steps for mode in self.modes(kind, shape)]
+        jobs = [(kind, mode) for kind in steps for mode in self.modes(entry, kind, shape)]
         state: dict = {}
         for kind, mode in jobs:
             row = {
@@ -143,10 +145,11 @@ class Benchmark:
         state.clear()
         release(self.device)
 
-    def modes(self, kind: str, shape: Shape) -> list[str]:
-        """How a step is run: 'eager', 'compiled', 'graph'."""
+    def modes(self, entry: Entry, kind: str, shape: Shape) -> list[str]:
+        """How a step is run: 'eager', 'compiled', 'graph', 'replayed'."""
         graph = self.args.graph and kind == 'inference' and shape.batch == 1
-        return ['eager'] + ['compiled'] * self.args.compile + ['graph'] * graph
+        replayed = self.args.cuda_graphs and entry.ours
+        return ['eager'] + ['compiled'] * self.args.compile + ['graph'] * graph + ['replayed'] * replayed
 
     def prepare(self, entry: Entry, shape: Shape, dtype: str) -> tuple[nn.Module, Tensor]:
         """The model and its images, on the device; ours checked, once a precision."""
@@ -175,7 +178,12 @@ class Benchmark:
         if mode == 'compiled':
             torch.compiler.reset()  # shapes of other rows would make this one's dynamic
             module = torch.compile(model)
+        elif mode == 'replayed':
+            sides = shape.height, shape.width
+            module = model = build(entry, *sides, backend=self.args.backend, cuda_graphs=1).to(self.device)
         step = make_step(model, module, x, dtype, kind)
+        for _ in range(CALLS if mode == 'replayed' else 0):  # it is captured at the last of these
+            step()
         check_step(step, model, entry.shapes(shape.batch, shape.height, shape.width))
         memory = peak_memory(step, self.device)  # of the eager step: a graph's is set aside at its capture
         if mode == 'graph':
@@ -196,7 +204,10 @@ class Benchmark:
         ratios = {}
         for other in self.rows:
             peer = MODELS[other['model']]
-            same = all(other[key] == row[key] for key in ('shape', 'dtype', 'step', 'mode'))
+            same = all(other[key] == row[key] for key in ('shape', 'dtype', 'step'))
+            same = same and other['mode'] == row['mode'].replace(
+                'replayed', 'eager'
+            )  # peers have no such option
             fits = not peer.ours and peer.plain == entry.plain and peer.size == entry.size
             if same and fits and other['status'] == 'ok':
                 ratios[peer.name] = other['median'] / row['median']
@@ -313,6 +324,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--compile', action='store_true', help='also with torch.compile')
     parser.add_argument('--graph', action='store_true', help='at batch 1 also as a CUDA graph')
+    parser.add_argument('--cuda-graphs', action='store_true', help='ours also with cuda_graphs=1')
     parser.add_argument('--profile', action='store_true', help='list the kernels by their total time')
     parser.add_argument('--seconds', type=float, default=1.0, help='of each measurement; default: 1')
     parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
@@ -335,8 +347,8 @@ def choose_jobs(args: argparse.Namespace) -> list[tuple[Entry, Shape, str, list[
         raise SetupError('--sweep has shapes of its own: leave out --shapes')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise SetupError('no CUDA device: run this on a machine with one, or give --device cpu --quick')
-    if args.graph and args.device != 'cuda':
-        raise SetupError('--graph needs a CUDA device')
+    if (args.graph or args.cuda_graphs) and args.device != 'cuda':
+        raise SetupError(f'--{"graph" if args.graph else "cuda-graphs"} needs a CUDA device')
     entries = choose(args.models or (QUICK['models'] if args.quick else ['*']))
     defaults = {False: HIERARCHICAL_SHAPES, True: PLAIN_SHAPES}  # by Entry.plain
     if args.sweep:
