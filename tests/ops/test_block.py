@@ -244,5 +244,6 @@ def test_runs_on_the_tensors_device():
     block, inputs = make(), make_inputs()
     expected = run(block, inputs)
     with torch.cuda.device(0):
-        actual = run(block.to('cuda:1'), [x.detach().to('cuda:1').requires_grad_(x.requires_grad) for x in inputs])
+        moved = [x.detach().to('cuda:1').requires_grad_(x.requires_grad) for x in inputs]
+        actual = run(block.to('cuda:1'), moved)
         assert all(torch.equal(a.to(e.device), e) for a, e in zip(actual, expected, strict=True))

@@ -409,9 +409,9 @@ def walk_kernel(
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr,
 ):  # fmt: skip
-    """What states_kernel and scan_kernel do, for many sequences of NC = 1: a program walks along one of them.
+    """What states_kernel and scan_kernel do, for short sequences and NC = 1.
 
-    It carries one of the states from chunk to chunk, so that nothing is left to scan.
+    A program walks along a sequence and carries one of its states, so that nothing is left to scan.
     """
     if SAME:
         s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
@@ -455,17 +455,15 @@ def walk_kernel(
         c, total = walk_gates(p_g, i_c, N, s_g, table, whole, inv, K, BT, BK, UNIT, MODE)
         x = load_tile(p_x, i_c, 0, N, s_x, 0.0, K, BT, BK, UNIT).to(tl.float32)
         y = load_tile(p_y, i_c, i_v, N, s_y, 0.0, V, BT, BV, UNIT)
-        if of_keys:
-            if i_v == 0:  # noqa: SIM102  Triton has no lazy `and`
-                tl.store(p_sum + i_c * K + o_k, total, mask=o_k < K)
+        if of_keys & (i_v == 0):
+            tl.store(p_sum + i_c * K + o_k, total, mask=o_k < K)
         x = tf32_ready(x * factor, PAIR_MODE) * tl.exp2(tl.where(whole & of_keys, 0.0, c))
         state = product(tl.trans(x), y, tl.exp2(total)[:, None] * state, PAIR_MODE)
         store_state(p_state, state, i_state + i_c, i_v, K, V, BK, BV)
-    if of_keys:  # what leaves the last chunk enters none
-        if i_v == 0:
-            i_c = tl.where(reverse, 0, n_chunks - 1)
-            _, total = walk_gates(p_g, i_c, N, s_g, table, whole, inv, K, BT, BK, UNIT, MODE)
-            tl.store(p_sum + i_c * K + o_k, total, mask=o_k < K)
+    if of_keys & (i_v == 0):  # what leaves the last chunk enters none
+        i_c = tl.where(reverse, 0, n_chunks - 1)
+        _, total = walk_gates(p_g, i_c, N, s_g, table, whole, inv, K, BT, BK, UNIT, MODE)
+        tl.store(p_sum + i_c * K + o_k, total, mask=o_k < K)
 
 
 @triton.jit
