@@ -11,7 +11,6 @@ from mmvig.ops.bigla import MAX_WIDTH as MAX_HEAD_DIM
 from mmvig.ops.choice import autocast_dtype, use_triton
 from mmvig.ops.norm import MAX_WIDTH
 
-
 Factors = tuple[Tensor | None, Tensor | None]
 
 
