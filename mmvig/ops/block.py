@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mmvig.ops import low_rank
 from mmvig.ops.bigla import triton as bigla
 from mmvig.ops.dwconv import triton as dwconv
 from mmvig.ops.gated_mix import triton as gated_mix
@@ -183,9 +184,12 @@ def block_op(*args):
     return forward(True, *args)
 
 
-def small_sizes(channels: int, head_dim: int, rms1: bool, rms2: bool) -> tuple[int, ...]:
-    """Numbers of the gradients of norm1, conv, norm_long, norm_short, the gate's bias and norm2."""
-    return (2 - rms1) * channels, 9 * channels, head_dim, head_dim, channels, (2 - rms2) * channels
+def small_sizes(channels: int, rank: int, head_dim: int, rms1: bool, rms2: bool) -> tuple[int, ...]:
+    """Numbers of the gradients of norm1, conv, norm_long, norm_short, the gate's bias, norm2, W_g2, b."""
+    return (
+        (2 - rms1) * channels, 9 * channels, head_dim, head_dim, channels, (2 - rms2) * channels,
+        channels * rank, channels,
+    )  # fmt: skip
 
 
 def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
@@ -197,16 +201,16 @@ def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
     def of_weight(*shape):
         return s.new_empty(shape, dtype=weight_dtype)
 
-    small = sum(small_sizes(channels, norm_long.shape[0], norm1_bias is None, norm2_bias is None))
+    small = sum(small_sizes(channels, rank, norm_long.shape[0], norm1_bias is None, norm2_bias is None))
     return (
         s.new_empty(s.shape), s.new_empty(s.shape, dtype=o.dtype), s.new_empty(small, dtype=torch.float32),
-        of_weight(3 * channels + rank, channels), of_weight(channels, rank), of_weight(channels),
-        of_weight(channels, channels), of_weight(2 * hidden, channels), of_weight(channels, hidden),
+        of_weight(3 * channels + rank, channels), of_weight(channels, channels),
+        of_weight(2 * hidden, channels), of_weight(channels, hidden),
     )  # fmt: skip
 
 
 @operator(
-    f'block_backward(Tensor? ds, Tensor dz, {KEPT}, {OPTIONS}) -> ({", ".join(["Tensor"] * 9)})',
+    f'block_backward(Tensor? ds, Tensor dz, {KEPT}, {OPTIONS}) -> ({", ".join(["Tensor"] * 7)})',
     _fake_block_backward,
 )
 def block_backward_op(
@@ -246,9 +250,7 @@ def block_backward_op(
             views_of(d_wide, d_decay, s, heads),
         )  # fmt: skip
         del views, do
-        torch.mm(d_decay, w_up, out=d_wide[:, 3 * channels :])
-        d_up = of_weight(d_decay, reduced, weight_dtype)
-        d_up_bias = d_decay.sum(0, dtype=torch.float32).to(weight_dtype)
+        d_up = low_rank.backward(d_decay, reduced, w_up, d_wide[:, 3 * channels :])
         del d_decay
         d_in = of_weight(d_wide, u, weight_dtype)
         du = torch.addmm(du, d_wide, w_in).view(s.shape)
@@ -265,10 +267,10 @@ def block_backward_op(
     segments = (
         *[(0, programs1, channels)] * kinds1, (1, d_conv.shape[0], 9 * channels),
         (2, programs * heads, head_dim), (2, programs * heads, head_dim), (2, programs, channels),
-        *[(3, programs2, channels)] * kinds2,
+        *[(3, programs2, channels)] * kinds2, (4, *d_up.shape),
     )  # fmt: skip
-    small = sum_partials((d_norm1, d_conv, d_mix, d_norm2), segments)
-    return dx, d_branch, small, d_in, d_up, d_up_bias, d_out, d_fc1, d_fc2
+    small = sum_partials((d_norm1, d_conv, d_mix, d_norm2, d_up), segments)
+    return dx, d_branch, small, d_in, d_out, d_fc1, d_fc2
 
 
 def of_weight(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -298,16 +300,18 @@ def _backward(ds, dz, *kept):
     ]
     if dz is None:
         dz = torch.zeros_like(kept[11])
-    dx, d_branch, small, d_in, d_up, d_up_bias, d_out, d_fc1, d_fc2 = block_backward_op(ds, dz, *kept)
-    channels = s.shape[3]
-    d_qkv, d_gate, d_down = d_in.split((2 * channels, channels, d_in.shape[0] - 3 * channels))
-    sizes = small_sizes(channels, norm_long.shape[0], norm1_bias is None, norm2_bias is None)
-    d_norm1, d_conv, d_long, d_short, d_gate_bias, d_norm2 = small.split(sizes)
+    dx, d_branch, small, d_in, d_out, d_fc1, d_fc2 = block_backward_op(ds, dz, *kept)
+    channels, dtype = s.shape[3], d_in.dtype
+    rank = d_in.shape[0] - 3 * channels
+    d_qkv, d_gate, d_down = d_in.split((2 * channels, channels, rank))
+    sizes = small_sizes(channels, rank, norm_long.shape[0], norm1_bias is None, norm2_bias is None)
+    d_norm1, d_conv, d_long, d_short, d_gate_bias, d_norm2, d_up, d_up_bias = small.split(sizes)
     return (
         dx, d_branch if has_branch else None, None, None,
         *norm.of_weights(d_norm1.view(-1, channels), norm1_weight, norm1_bias),
         d_conv.view(conv.shape).to(conv.dtype), d_qkv, d_gate, d_gate_bias.to(gate_bias.dtype),
-        d_down, d_up, d_up_bias, d_long.to(norm_long.dtype), d_short.to(norm_short.dtype), d_out,
+        d_down, d_up.view(channels, rank).to(dtype), d_up_bias.to(dtype),
+        d_long.to(norm_long.dtype), d_short.to(norm_short.dtype), d_out,
         *norm.of_weights(d_norm2.view(-1, channels), norm2_weight, norm2_bias), d_fc1, d_fc2,
     )  # fmt: skip
 
