@@ -16,6 +16,7 @@ Importing this module imports Triton.
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -52,20 +53,33 @@ KEPT = (
 OPTIONS = 'int heads, float eps, float mix_eps, bool conv_act, bool out_act, ScalarType weight_dtype'
 
 
-def to_low(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
-    """The weights in ``dtype``, one after the other in one vector."""
-    low = weights[0].new_empty(sum(w.numel() for w in weights), dtype=dtype)
-    torch._foreach_copy_(torch._utils._unflatten_dense_tensors(low, weights), weights)
-    return low
+def to_low(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor], tuple]:
+    """The weights in ``dtype``, one after the other in one vector; views alike to them; from_low()'s."""
+    places, size = _places(weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
+    low = weights[0].new_empty(size, dtype=dtype)
+    parts = [low.as_strided(*place) for place in places[1:]]
+    torch._foreach_copy_(parts, weights)
+    return low, parts, (low.as_strided(*places[0]), *parts[3:])
 
 
 def from_low(low: Tensor, channels: int, rank: int, hidden: int) -> tuple[Tensor, ...]:
     """Views of it: [W_qkv; W_r; W_g1], W_g2, b, W_o, W_1, W_2."""
-    start, views = 0, []
-    for shape in _low_shapes(channels, rank, hidden):
-        views.append(low.as_strided(shape, (shape[1], 1) if len(shape) == 2 else (1,), start))
-        start += shape[0] * (shape[1] if len(shape) == 2 else 1)
-    return tuple(views)
+    places, _ = _places(channels, rank, hidden)
+    return tuple(low.as_strided(*place) for place in (places[0], *places[4:]))
+
+
+@functools.lru_cache(maxsize=64)
+def _places(channels: int, rank: int, hidden: int) -> tuple[list[tuple], int]:
+    """Shape, strides and start in to_low()'s vector of the first three weights, of each; its size."""
+    shapes = (
+        (2 * channels, channels), (channels, channels), (rank, channels), (channels, rank), (channels,),
+        (channels, channels), (2 * hidden, channels), (channels, hidden),
+    )  # fmt: skip
+    places, start = [((3 * channels + rank, channels), (channels, 1), 0)], 0
+    for shape in shapes:
+        places.append((shape, (*shape[1:], 1), start))
+        start += math.prod(shape)
+    return places, start
 
 
 # By a block's W_qkv: the vector of to_low(), its views alike to the weights, and those of from_low().
@@ -73,7 +87,7 @@ _buffers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def to_low_again(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``from_low(to_low(...))`` in memory that stays with the block: for what no backward pass needs.
+    """The last of :func:`to_low` in memory that stays with the block: for what no backward pass needs.
 
     The weights are copied anew each time, since nothing tells of a change by ``weight.data``.
     """
@@ -84,9 +98,7 @@ def to_low_again(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tenso
     shapes = [w.shape for w in weights]
     if buffer is None or buffer[:3] != (dtype, weights[0].device, shapes):
         with torch.inference_mode(False), torch.no_grad():  # the former alone would turn gradients on
-            low = to_low(dtype, weights)
-            parts = torch._utils._unflatten_dense_tensors(low, weights)
-            views = from_low(low, weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
+            _, parts, views = to_low(dtype, weights)
         if not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             _buffers[weights[0]] = dtype, weights[0].device, shapes, parts, views
         return views
@@ -94,20 +106,27 @@ def to_low_again(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tenso
     return buffer[4]
 
 
-@functools.lru_cache(maxsize=64)
-def _low_shapes(channels: int, rank: int, hidden: int) -> tuple[tuple[int, ...], ...]:
-    return (
-        (3 * channels + rank, channels), (channels, rank), (channels,), (channels, channels),
-        (2 * hidden, channels), (channels, hidden),
-    )  # fmt: skip
-
-
-def views_of(wide: Tensor, decay: Tensor, maps: Tensor, heads: int) -> tuple[Tensor, ...]:
+def views_of(wide: Tensor, decay: Tensor, maps: Tensor, heads: int) -> list[Tensor]:
     """q, k, v, g_fwd, g_bwd of the wide product [rows, 3C + rank] and the decay gates [rows, C] of maps."""
     batch, height, across, channels = maps.shape
-    tokens, width = height * across, wide.shape[1]
-    qkv = wide.as_strided((batch, tokens, 2 * channels), (tokens * width, width, 1))
-    return bigla.views_of(qkv, decay.view(batch, tokens, channels), heads)
+    places = _of_heads(batch, height * across, heads, channels, wide.shape[1])
+    first, first_gate = wide.storage_offset(), decay.storage_offset()
+    views = [wide.as_strided(*place, first + start) for *place, start in places[:3]]
+    return views + [decay.as_strided(*place, first_gate + start) for *place, start in places[3:]]
+
+
+@functools.lru_cache(maxsize=256)
+def _of_heads(batch: int, tokens: int, heads: int, channels: int, width: int) -> list[tuple]:
+    """Shape [B, N, H, K or V], strides and start of each view that views_of() returns."""
+    keys = channels // 2
+    places = []
+    for across, start, columns in (
+        (width, 0, keys), (width, keys, keys), (width, channels, channels),
+        (channels, 0, keys), (channels, keys, keys),
+    ):  # fmt: skip
+        size = columns // heads
+        places.append(((batch, tokens, heads, size), (tokens * across, across, size, 1), start))
+    return places
 
 
 def _fake_block(x, branch, *args):
@@ -139,10 +158,8 @@ def forward(
     weights = qkv, gate, down, up, up_bias, out, fc1, fc2
     if keep:
         _buffers.pop(qkv, None)
-        low = to_low(dtype, weights)
-        views = from_low(low, channels, down.shape[0], fc2.shape[1])
-        none = y.new_empty(0)
-        kept += s if branch is not None else x.new_empty(0), y  # an operator must not return its input
+        low, _, views = to_low(dtype, weights)
+        kept += x.new_empty(0) if branch is None else s, y  # an operator must not return its input
     else:
         views = to_low_again(dtype, weights)
     w_in, w_up, b_up, w_out, w_1, w_2 = views
@@ -150,20 +167,20 @@ def forward(
     with torch._C._DisableAutocast():
         u = dwconv.forward(y, conv)
         if keep:
-            kept.append(u if conv_act else none)
+            kept.append(u if conv_act else u.new_empty(0))
         u = (F.silu(u) if conv_act else u).view(-1, channels)
         del y
         wide = F.linear(u, w_in)
         views = views_of(wide, F.linear(wide[:, 3 * channels :], w_up, b_up), x, heads)
-        o = u.new_empty(u.shape)
+        o = torch.empty_like(u)
         scaling = views[0].shape[3] ** -0.5
-        bigla.forward(*views, scaling, GATE_NORMALIZER, o.view(views[2].shape))
+        bigla.forward(*views, scaling, GATE_NORMALIZER, o.view_as(views[2]))
         del views
         m = gated_mix.mix(o, wide[:, 2 * channels :], u, norm_long, norm_short, gate_bias, mix_eps, out_act)
         if keep:
             kept += u, wide, o
         del u, wide, o
-        z = F.linear(m, w_out).view(x.shape)
+        z = F.linear(m, w_out).view_as(x)
         del m
         s, y = norm.forward(s, z, branch_scale, norm2_weight, norm2_bias, eps, dtype, 'none', False)
         del z
@@ -171,7 +188,7 @@ def forward(
         if keep:
             kept += y, h, low
         del y
-        return s, F.linear(swiglu.activate(h), w_2).view(x.shape), *kept
+        return s, F.linear(swiglu.activate(h), w_2).view_as(x), *kept
 
 
 @operator(
@@ -184,11 +201,12 @@ def block_op(*args):
     return forward(True, *args)
 
 
+@functools.lru_cache(maxsize=64)
 def small_sizes(channels: int, rank: int, head_dim: int, rms1: bool, rms2: bool) -> tuple[int, ...]:
     """Numbers of the gradients of norm1, conv, norm_long, norm_short, the gate's bias, norm2, W_g2, b."""
     return (
-        (2 - rms1) * channels, 9 * channels, head_dim, head_dim, channels, (2 - rms2) * channels,
-        channels * rank, channels,
+        channels, 0 if rms1 else channels, 9 * channels, head_dim, head_dim, channels,
+        channels, 0 if rms2 else channels, channels * rank, channels,
     )  # fmt: skip
 
 
@@ -229,7 +247,7 @@ def block_backward_op(
         d_fc2 = of_weight(dz, activated, weight_dtype)
         del activated
         d_fc1 = of_weight(dh, y2.view(-1, channels), weight_dtype)
-        dy = torch.mm(dh, w_1).view(s.shape)
+        dy = torch.mm(dh, w_1).view_as(s)
         del dh
         ds, dz, d_norm2 = norm.backward(
             ds, dy, s2, branch_scale, norm2_weight, norm2_bias, eps, 'none', False, dtype
@@ -246,14 +264,14 @@ def block_backward_op(
         reduced = wide[:, 3 * channels :]
         views = views_of(wide, torch.addmm(b_up, reduced, w_up.t()), s, heads)
         bigla.backward(
-            do.view(views[2].shape), *views, views[0].shape[3] ** -0.5, GATE_NORMALIZER,
+            do.view_as(views[2]), *views, views[0].shape[3] ** -0.5, GATE_NORMALIZER,
             views_of(d_wide, d_decay, s, heads),
         )  # fmt: skip
         del views, do
         d_up = low_rank.backward(d_decay, reduced, w_up, d_wide[:, 3 * channels :])
         del d_decay
         d_in = of_weight(d_wide, u, weight_dtype)
-        du = torch.addmm(du, d_wide, w_in).view(s.shape)
+        du = torch.addmm(du, d_wide, w_in).view_as(s)
         del d_wide
         if conv_act:
             du = torch.ops.aten.silu_backward(du, conved)
@@ -301,19 +319,25 @@ def _backward(ds, dz, *kept):
     if dz is None:
         dz = torch.zeros_like(kept[11])
     dx, d_branch, small, d_in, d_out, d_fc1, d_fc2 = block_backward_op(ds, dz, *kept)
-    channels, dtype = s.shape[3], d_in.dtype
+    channels = s.shape[3]
     rank = d_in.shape[0] - 3 * channels
-    d_qkv, d_gate, d_down = d_in.split((2 * channels, channels, rank))
+    d_qkv, d_gate, d_down = torch.split_with_sizes(d_in, (2 * channels, channels, rank))
     sizes = small_sizes(channels, rank, norm_long.shape[0], norm1_bias is None, norm2_bias is None)
-    d_norm1, d_conv, d_long, d_short, d_gate_bias, d_norm2, d_up, d_up_bias = small.split(sizes)
+    d_norm1, d_bias1, d_conv, d_long, d_short, d_gate_bias, d_norm2, d_bias2, d_up, d_up_bias = (
+        torch.split_with_sizes(small, sizes)
+    )
     return (
-        dx, d_branch if has_branch else None, None, None,
-        *norm.of_weights(d_norm1.view(-1, channels), norm1_weight, norm1_bias),
-        d_conv.view(conv.shape).to(conv.dtype), d_qkv, d_gate, d_gate_bias.to(gate_bias.dtype),
-        d_down, d_up.view(channels, rank).to(dtype), d_up_bias.to(dtype),
-        d_long.to(norm_long.dtype), d_short.to(norm_short.dtype), d_out,
-        *norm.of_weights(d_norm2.view(-1, channels), norm2_weight, norm2_bias), d_fc1, d_fc2,
+        dx, d_branch if has_branch else None, None, None, like(d_norm1, norm1_weight),
+        like(d_bias1, norm1_bias), like(d_conv.view_as(conv), conv), d_qkv, d_gate,
+        like(d_gate_bias, gate_bias), d_down, like(d_up.view(channels, rank), d_in), like(d_up_bias, d_in),
+        like(d_long, norm_long), like(d_short, norm_short), d_out, like(d_norm2, norm2_weight),
+        like(d_bias2, norm2_bias), d_fc1, d_fc2,
     )  # fmt: skip
+
+
+def like(grad: Tensor, weight: Tensor | None) -> Tensor | None:
+    """A weight's gradient in the dtype of it, or of another one."""
+    return None if weight is None else grad if grad.dtype == weight.dtype else grad.to(weight.dtype)
 
 
 differentiate('block', _backward, _keep, outputs=2)
