@@ -201,7 +201,6 @@ def block_op(*args):
     return forward(True, *args)
 
 
-@functools.lru_cache(maxsize=64)
 def small_sizes(channels: int, rank: int, head_dim: int, rms1: bool, rms2: bool) -> tuple[int, ...]:
     """Numbers of the gradients of norm1, conv, norm_long, norm_short, the gate's bias, norm2, W_g2, b."""
     return (
@@ -271,7 +270,7 @@ def block_backward_op(
         d_up = low_rank.backward(d_decay, reduced, w_up, d_wide[:, 3 * channels :])
         del d_decay
         d_in = of_weight(d_wide, u, weight_dtype)
-        du = torch.addmm(du, d_wide, w_in).view_as(s)
+        du = du.addmm_(d_wide, w_in).view_as(s)  # torch.addmm would copy du first
         del d_wide
         if conv_act:
             du = torch.ops.aten.silu_backward(du, conved)
