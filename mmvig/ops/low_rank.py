@@ -22,19 +22,20 @@ from mmvig.ops.launch import (
 
 # Columns of a tile, its rows where there are many and where there are few, and programs a multiprocessor.
 COLUMNS, MANY_ROWS, FEW_ROWS, FILL = 64, 128, 32, 2
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+WIDEN = tl.constexpr(INTERPRETED)  # the interpreter has no product of bf16
 
 
 @triton.jit(do_not_specialize=['M'])
 def backward_kernel(
     p_dy, p_x, p_weight, p_dx, p_dw, M, C: tl.constexpr, R: tl.constexpr, S_X: tl.constexpr,
-    S_DX: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, DTYPE: tl.constexpr,
+    S_DX: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Make dx [M, R] of dy [M, C], and this program's share of dw, [C, R] and the bias' [C] after it.
 
     Rows of x and dx are S_X and S_DX apart. Both products are transposed, with R rows: too few for Hopper's
     own instructions, which Triton 3.6 has trouble with.
     """
+    dtype: tl.constexpr = tl.float32 if WIDEN else p_dy.dtype.element_ty
     precision: tl.constexpr = 'tf32x3'  # of float32; halves need none
     ranks = tl.arange(0, BR)[:, None]
     p_dw += tl.program_id(0).to(tl.int64) * (C * R + C)
@@ -42,16 +43,16 @@ def backward_kernel(
         rows = i * BM + tl.arange(0, BM)
         row = rows.to(tl.int64)
         of_rank = (ranks < R) & (rows < M)[None, :]
-        x = tl.load(p_x + row[None, :] * S_X + ranks, mask=of_rank, other=0.0).to(DTYPE)  # [R, M]
+        x = tl.load(p_x + row[None, :] * S_X + ranks, mask=of_rank, other=0.0).to(dtype)  # [R, M]
         dx = tl.zeros([BR, BM], tl.float32)
         for start in range(0, C, BC):
             columns = start + tl.arange(0, BC)
             inside = columns < C
             mask = (rows < M)[:, None] & inside[None, :]
-            dy = tl.load(p_dy + row[:, None] * C + columns[None, :], mask=mask, other=0.0).to(DTYPE)
+            dy = tl.load(p_dy + row[:, None] * C + columns[None, :], mask=mask, other=0.0).to(dtype)
             at = columns[None, :] * R + ranks
             of_weight = (ranks < R) & inside[None, :]
-            weight = tl.load(p_weight + at, mask=of_weight, other=0.0).to(DTYPE)
+            weight = tl.load(p_weight + at, mask=of_weight, other=0.0).to(dtype)
             dx = tl.dot(weight, tl.trans(dy), dx, input_precision=precision)
             dw = tl.dot(x, dy, input_precision=precision)
             db = tl.sum(dy.to(tl.float32), axis=0)
@@ -71,21 +72,20 @@ def divide(
 ) -> tuple[Constants, int]:
     """Constants for dy of a shape, and how many programs."""
     rows, channels = shape
-    fill = FILL * multiprocessors(device)
-    many = rows >= MANY_ROWS * fill and dtype.itemsize == 2  # float32 would spill registers
+    many = (
+        rows >= MANY_ROWS * multiprocessors(device) and dtype.itemsize == 2
+    )  # float32 would spill registers
     block = MANY_ROWS if many else FEW_ROWS
-    return constants_of(channels, rank, *strides, dtype, block), min(ceil_div(rows, block), fill)
+    programs = min(ceil_div(rows, block), FILL * multiprocessors(device))
+    return constants_of(channels, rank, *strides, block), programs
 
 
 @functools.lru_cache(maxsize=256)
-def constants_of(
-    channels: int, rank: int, of_x: int, of_dx: int, dtype: torch.dtype, rows: int
-) -> Constants:
+def constants_of(channels: int, rank: int, of_x: int, of_dx: int, rows: int) -> Constants:
     """Constants for strides of x and dx, and tiles of ``rows``."""
     return Constants(
         C=channels, R=rank, S_X=of_x, S_DX=of_dx, BR=max(16, triton.next_power_of_2(rank)), BM=rows,
-        BC=COLUMNS, DTYPE=tl.float32 if INTERPRETED else TYPES[dtype],  # it has no product of bf16
-        num_warps=4, num_stages=2,
+        BC=COLUMNS, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 

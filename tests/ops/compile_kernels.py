@@ -55,7 +55,7 @@ def fused_launches():
     from mmvig.ops.swiglu import triton as swiglu
 
     yield partial_sums.sum_kernel, partial_sums.CONSTANTS
-    yield low_rank.backward_kernel, low_rank.constants_of(384, 16, 1168, 1168, torch.bfloat16, 128)
+    yield low_rank.backward_kernel, low_rank.constants_of(384, 16, 1168, 1168, 128)
     cpu = torch.device('cpu')
     for name in ('forward_kernel', 'backward_kernel'):
         forward = name == 'forward_kernel'
