@@ -111,8 +111,8 @@ def views_of(wide: Tensor, decay: Tensor, maps: Tensor, heads: int) -> list[Tens
     batch, height, across, channels = maps.shape
     places = _of_heads(batch, height * across, heads, channels, wide.shape[1])
     first, first_gate = wide.storage_offset(), decay.storage_offset()
-    views = [wide.as_strided(*place, first + start) for *place, start in places[:3]]
-    return views + [decay.as_strided(*place, first_gate + start) for *place, start in places[3:]]
+    views = [wide.as_strided(size, strides, first + start) for size, strides, start in places[:3]]
+    return views + [decay.as_strided(size, strides, first_gate + at) for size, strides, at in places[3:]]
 
 
 @functools.lru_cache(maxsize=256)
@@ -171,15 +171,16 @@ def forward(
         u = (F.silu(u) if conv_act else u).view(-1, channels)
         del y
         wide = F.linear(u, w_in)
-        views = views_of(wide, F.linear(wide[:, 3 * channels :], w_up, b_up), x, heads)
+        logits, reduced = torch.split_with_sizes(wide, (2 * channels, channels, down.shape[0]), 1)[1:]
+        views = views_of(wide, F.linear(reduced, w_up, b_up), x, heads)
         o = torch.empty_like(u)
         scaling = views[0].shape[3] ** -0.5
         bigla.forward(*views, scaling, GATE_NORMALIZER, o.view_as(views[2]))
         del views
-        m = gated_mix.mix(o, wide[:, 2 * channels :], u, norm_long, norm_short, gate_bias, mix_eps, out_act)
+        m = gated_mix.mix(o, logits, u, norm_long, norm_short, gate_bias, mix_eps, out_act)
         if keep:
             kept += u, wide, o
-        del u, wide, o
+        del u, wide, logits, reduced, o
         z = F.linear(m, w_out).view_as(x)
         del m
         s, y = norm.forward(s, z, branch_scale, norm2_weight, norm2_bias, eps, dtype, 'none', False)
@@ -254,24 +255,25 @@ def block_backward_op(
         dz = dz.view(-1, channels)
 
         d_wide, d_decay = torch.empty_like(wide), torch.empty_like(o)
-        logits, d_logits = wide[:, 2 * channels :], d_wide[:, 2 * channels :]
+        sizes = 2 * channels, channels, rank
+        logits, reduced = torch.split_with_sizes(wide, sizes, 1)[1:]
+        d_logits, d_reduced = torch.split_with_sizes(d_wide, sizes, 1)[1:]
         do, du, m, d_mix = gated_mix.mix_backward(
             torch.mm(dz, w_out), o, logits, u, norm_long, norm_short, gate_bias, mix_eps, out_act, d_logits
         )
         d_out = of_weight(dz, m, weight_dtype)
         del m, dz
-        reduced = wide[:, 3 * channels :]
         views = views_of(wide, torch.addmm(b_up, reduced, w_up.t()), s, heads)
         bigla.backward(
             do.view_as(views[2]), *views, views[0].shape[3] ** -0.5, GATE_NORMALIZER,
             views_of(d_wide, d_decay, s, heads),
         )  # fmt: skip
         del views, do
-        d_up = low_rank.backward(d_decay, reduced, w_up, d_wide[:, 3 * channels :])
+        d_up = low_rank.backward(d_decay, reduced, w_up, d_reduced)
         del d_decay
         d_in = of_weight(d_wide, u, weight_dtype)
         du = du.addmm_(d_wide, w_in).view_as(s)  # torch.addmm would copy du first
-        del d_wide
+        del d_wide, d_logits, d_reduced
         if conv_act:
             du = torch.ops.aten.silu_backward(du, conved)
         dy, d_conv = dwconv.backward(du, y, conv)
