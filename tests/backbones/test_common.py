@@ -64,3 +64,9 @@ def test_factors_of_drop_path_have_mean_one():
             assert factors.mean() == pytest.approx(1, abs=0.1)
     assert draw_factors(modules[:1], x) == [(None, None)]
     assert set(modules[1](x)[0].tolist()) == {0, 2}
+
+
+def test_factors_of_drop_path_are_aligned():
+    """Or their kernels would be looked up by Triton, which takes longer than they do."""
+    factors = draw_factors([DropPath(0.1), DropPath(0.2)], torch.empty(2, 1))
+    assert all(x.shape == (2,) and x.data_ptr() % 16 == 0 for pair in factors for x in pair)
