@@ -63,7 +63,7 @@ def backward_kernel(
             tl.store(p_dw + at, dw, mask=of_weight)
             tl.store(p_dw + C * R + columns, db, mask=inside)
         tl.store(p_dx + row[None, :] * S_DX + ranks, dx.to(p_dx.dtype.element_ty), mask=of_rank)
-        tl.debug_barrier()  # other threads may read what was stored
+        tl.debug_barrier()  # the next tile's loads are not of the threads that stored
 
 
 @functools.lru_cache(maxsize=256)
@@ -72,11 +72,10 @@ def divide(
 ) -> tuple[Constants, int]:
     """Constants for dy of a shape, and how many programs."""
     rows, channels = shape
-    many = (
-        rows >= MANY_ROWS * multiprocessors(device) and dtype.itemsize == 2
-    )  # float32 would spill registers
+    processors = multiprocessors(device)
+    many = rows >= MANY_ROWS * processors and dtype.itemsize == 2  # float32 would spill registers
     block = MANY_ROWS if many else FEW_ROWS
-    programs = min(ceil_div(rows, block), FILL * multiprocessors(device))
+    programs = min(ceil_div(rows, block), FILL * processors)
     return constants_of(channels, rank, *strides, block), programs
 
 
