@@ -1,6 +1,6 @@
 """The block that both families repeat: token mixer and channel mixer with their residual connections."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,7 @@ from mmvig.ops.bigla import MAX_WIDTH as MAX_HEAD_DIM
 from mmvig.ops.choice import autocast_dtype, use_triton
 from mmvig.ops.norm import MAX_WIDTH
 
-# What one operator computes the same as the modules do.
-PLAIN = frozenset((nn.Linear, nn.RMSNorm, DWConv, GatedTokenMixer, LayerNorm, RMSNorm, SwiGLU))
+Factors = tuple[Tensor | None, Tensor | None]
 
 
 class DropPath(nn.Module):
@@ -22,19 +21,36 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The factors [B] of each sample in two branches, drawn at once.
-
-        0, or 1 / (1 - rate) where kept; None if all are kept.
-        """
-        if not self.training or self.rate == 0:
-            return None, None
-        keep = torch.empty(2, x.shape[0], device=x.device).bernoulli_(1 - self.rate)
-        return keep.div_(1 - self.rate).unbind()
+    def forward(self, x: Tensor) -> Factors:
+        """The factors of each sample of a batch of maps."""
+        return draw_factors([self], x)[0]
 
     def extra_repr(self) -> str:
         """Show the rate in ``print(model)``."""
         return f'rate={self.rate:.3f}'
+
+
+def draw_factors(drop_paths: Iterable[DropPath], x: Tensor) -> list[Factors]:
+    """The factors [B] of each sample in the two branches of each block, drawn at once for all of them.
+
+    0, or 1 / (1 - rate) where kept; None if all are kept.
+    """
+    rates = [module.rate if module.training else 0.0 for module in drop_paths]
+    keep = [1 - rate for rate in rates for _ in range(2) if rate > 0]
+    if not keep:
+        return [(None, None)] * len(rates)
+    # Rows start at multiples of 16 bytes: kernels that can count on it are launched faster.
+    drawn = torch.rand(len(keep), (x.shape[0] + 3) // 4 * 4, device=x.device)
+    rows = drawn[:, : x.shape[0]].unbind()
+    torch._foreach_add_(rows, keep)
+    drawn.floor_()
+    torch._foreach_div_(rows, keep)
+    pairs = iter(zip(rows[::2], rows[1::2], strict=True))
+    return [next(pairs) if rate > 0 else (None, None) for rate in rates]
+
+
+# What one operator computes the same as the modules do.
+PLAIN = frozenset((nn.Linear, nn.RMSNorm, DWConv, DropPath, GatedTokenMixer, LayerNorm, RMSNorm, SwiGLU))
 
 
 class Block(nn.Module):
@@ -62,11 +78,18 @@ class Block(nn.Module):
         self.backend = fused_backend(backend)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None
+        self,
+        x: Tensor,
+        branch: Tensor | None = None,
+        scale: Tensor | None = None,
+        factors: Factors | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, H, W, C], a branch alike (None: nothing to add) and its scale [B] -> the next three."""
+        """[B, H, W, C], a branch alike (None: nothing to add) and its scale [B] -> the next three.
+
+        ``factors``: those of DropPath, where they have been drawn already.
+        """
         dtype = autocast_dtype(x)
-        scales = self.drop_path(x)
+        scales = self.drop_path(x) if factors is None else factors
         if self._is_one_operator(x):
             return *self._run(x, branch, scale, scales[0], dtype), scales[1]
         x, y = self.norm1(x, branch, scale, dtype=dtype)
@@ -74,7 +97,8 @@ class Block(nn.Module):
         return x, self.mlp(y), scales[1]
 
     def _is_one_operator(self, x: Tensor) -> bool:
-        head_dim = x.shape[-1] // self.mixer.num_heads if type(self.mixer) is GatedTokenMixer else 0
+        mixer = self._modules['mixer']
+        head_dim = x.shape[-1] // mixer.num_heads if type(mixer) is GatedTokenMixer else 0
         if not 0 < head_dim <= MAX_HEAD_DIM or x.shape[-1] > MAX_WIDTH:
             return False
         return use_triton('mmvig.ops.bigla', self.backend, x) and self._is_plain()
@@ -82,15 +106,17 @@ class Block(nn.Module):
     def _is_plain(self) -> bool:
         if nn.modules.module._has_any_global_hook():
             return False
-        for parent in (self, self.mixer, self.mlp):
-            for child in parent._modules.values():
-                if child is self.drop_path:
-                    continue
-                if type(child) not in PLAIN or child._forward_hooks or child._forward_pre_hooks:
-                    return False
-                if child._backward_hooks or child._backward_pre_hooks:
-                    return False
-        return self.norm1.eps == self.norm2.eps
+        # nn.Module's own look-up of submodules takes longer than all else here.
+        modules = self._modules
+        children = *modules.values(), *modules['mixer']._modules.values(), *modules['mlp']._modules.values()
+        if not PLAIN.issuperset(map(type, children)):
+            return False
+        for child in children:
+            if child._forward_hooks or child._forward_pre_hooks:
+                return False
+            if child._backward_hooks or child._backward_pre_hooks:
+                return False
+        return modules['norm1'].eps == modules['norm2'].eps
 
     def _run(
         self,
@@ -102,18 +128,18 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         from mmvig.ops.block import block_op
 
-        mixer, norm1, norm2 = self.mixer, self.norm1, self.norm2
-        of_mixer, of_mlp = mixer._modules, self.mlp._modules
-        up, gate = of_mixer['decay_up'], of_mixer['mix_gate']
+        modules = self._modules
+        mixer, norm1, norm2 = modules['mixer'], modules['norm1'], modules['norm2']
+        of_mixer, of_mlp = mixer._modules, modules['mlp']._modules
+        up, gate, norm_long = of_mixer['decay_up'], of_mixer['mix_gate'], of_mixer['norm_long']
         return block_op(
             x, branch, scale, branch_scale, _get(norm1, 'weight'), _get(norm1, 'bias'),
             _get(of_mixer['dwconv'], 'weight'), _get(of_mixer['qkv'], 'weight'), _get(gate, 'weight'),
             _get(gate, 'bias'), _get(of_mixer['decay_down'], 'weight'), _get(up, 'weight'),
-            _get(up, 'bias'), _get(of_mixer['norm_long'], 'weight'),
-            _get(of_mixer['norm_short'], 'weight'), _get(of_mixer['out'], 'weight'),
-            _get(norm2, 'weight'), _get(norm2, 'bias'), _get(of_mlp['fc1'], 'weight'),
-            _get(of_mlp['fc2'], 'weight'),
-            mixer.num_heads, norm1.eps, of_mixer['norm_long'].eps, mixer.conv_act, mixer.out_act, dtype,
+            _get(up, 'bias'), _get(norm_long, 'weight'), _get(of_mixer['norm_short'], 'weight'),
+            _get(of_mixer['out'], 'weight'), _get(norm2, 'weight'), _get(norm2, 'bias'),
+            _get(of_mlp['fc1'], 'weight'), _get(of_mlp['fc2'], 'weight'),
+            mixer.num_heads, norm1.eps, norm_long.eps, mixer.conv_act, mixer.out_act, dtype,
         )[:2]  # fmt: skip
 
 

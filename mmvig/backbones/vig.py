@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.base import Backbone
-from mmvig.backbones.block import Block
+from mmvig.backbones.block import Block, draw_factors
 from mmvig.backbones.layers import ConvNorm, RMSNorm, SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.registry import MODELS
@@ -167,16 +167,17 @@ class ViG(Backbone):
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
         x = x + self._position_embedding(x.shape[1], x.shape[2])
-        maps, state = [], (x,)
-        for i, block in enumerate(self.blocks):
+        maps, state = [], (x, None, None)
+        factors = draw_factors((block.drop_path for block in self.blocks), x)
+        for i, (block, of_block) in enumerate(zip(self.blocks, factors, strict=True)):
             if self.with_cp and torch.is_grad_enabled():
-                state = checkpoint(block, *state, use_reentrant=False)
+                state = checkpoint(block, *state, of_block, use_reentrant=False)
             else:
-                state = block(*state)
+                state = block(*state, of_block)
             if i in self.out_indices:
                 x, y = getattr(self, f'norm{i}')(*state, channels_first=True)
                 maps.append(y)
-                state = (x,)
+                state = x, None, None
         return tuple(maps)
 
     def _position_embedding(self, height: int, width: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.base import Backbone
-from mmvig.backbones.block import Block
+from mmvig.backbones.block import Block, draw_factors
 from mmvig.backbones.layers import ConvNorm, LayerNorm, SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.ops.norm import add
@@ -68,12 +68,13 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """[B, H, W, C] -> x, branch and scale, still to be added up; the backbone downsamples the sum."""
-        state = (x,)
-        for block in self.blocks:
+        state = x, None, None
+        factors = draw_factors((block.drop_path for block in self.blocks), x)
+        for block, of_block in zip(self.blocks, factors, strict=True):
             if self.with_cp and torch.is_grad_enabled():
-                state = checkpoint(block, *state, use_reentrant=False)
+                state = checkpoint(block, *state, of_block, use_reentrant=False)
             else:
-                state = block(*state)
+                state = block(*state, of_block)
         return state
 
 

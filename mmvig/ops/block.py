@@ -16,12 +16,14 @@ Importing this module imports Triton.
 """
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mmvig.ops import low_rank
 from mmvig.ops.bigla import triton as bigla
 from mmvig.ops.dwconv import triton as dwconv
 from mmvig.ops.gated_mix import triton as gated_mix
@@ -51,20 +53,33 @@ KEPT = (
 OPTIONS = 'int heads, float eps, float mix_eps, bool conv_act, bool out_act, ScalarType weight_dtype'
 
 
-def to_low(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Tensor:
-    """The weights in ``dtype``, one after the other in one vector."""
-    low = weights[0].new_empty(sum(w.numel() for w in weights), dtype=dtype)
-    torch._foreach_copy_(torch._utils._unflatten_dense_tensors(low, weights), weights)
-    return low
+def to_low(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor], tuple]:
+    """The weights in ``dtype``, one after the other in one vector; views alike to them; from_low()'s."""
+    places, size = _places(weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
+    low = weights[0].new_empty(size, dtype=dtype)
+    parts = [low.as_strided(*place) for place in places[1:]]
+    torch._foreach_copy_(parts, weights)
+    return low, parts, (low.as_strided(*places[0]), *parts[3:])
 
 
 def from_low(low: Tensor, channels: int, rank: int, hidden: int) -> tuple[Tensor, ...]:
     """Views of it: [W_qkv; W_r; W_g1], W_g2, b, W_o, W_1, W_2."""
-    start, views = 0, []
-    for shape in _low_shapes(channels, rank, hidden):
-        views.append(low.as_strided(shape, (shape[1], 1) if len(shape) == 2 else (1,), start))
-        start += shape[0] * (shape[1] if len(shape) == 2 else 1)
-    return tuple(views)
+    places, _ = _places(channels, rank, hidden)
+    return tuple(low.as_strided(*place) for place in (places[0], *places[4:]))
+
+
+@functools.lru_cache(maxsize=64)
+def _places(channels: int, rank: int, hidden: int) -> tuple[list[tuple], int]:
+    """Shape, strides and start in to_low()'s vector of the first three weights, of each; its size."""
+    shapes = (
+        (2 * channels, channels), (channels, channels), (rank, channels), (channels, rank), (channels,),
+        (channels, channels), (2 * hidden, channels), (channels, hidden),
+    )  # fmt: skip
+    places, start = [((3 * channels + rank, channels), (channels, 1), 0)], 0
+    for shape in shapes:
+        places.append((shape, (*shape[1:], 1), start))
+        start += math.prod(shape)
+    return places, start
 
 
 # By a block's W_qkv: the vector of to_low(), its views alike to the weights, and those of from_low().
@@ -72,7 +87,7 @@ _buffers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def to_low_again(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``from_low(to_low(...))`` in memory that stays with the block: for what no backward pass needs.
+    """The last of :func:`to_low` in memory that stays with the block: for what no backward pass needs.
 
     The weights are copied anew each time, since nothing tells of a change by ``weight.data``.
     """
@@ -83,9 +98,7 @@ def to_low_again(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tenso
     shapes = [w.shape for w in weights]
     if buffer is None or buffer[:3] != (dtype, weights[0].device, shapes):
         with torch.inference_mode(False), torch.no_grad():  # the former alone would turn gradients on
-            low = to_low(dtype, weights)
-            parts = torch._utils._unflatten_dense_tensors(low, weights)
-            views = from_low(low, weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
+            _, parts, views = to_low(dtype, weights)
         if not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             _buffers[weights[0]] = dtype, weights[0].device, shapes, parts, views
         return views
@@ -93,20 +106,27 @@ def to_low_again(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tenso
     return buffer[4]
 
 
-@functools.lru_cache(maxsize=64)
-def _low_shapes(channels: int, rank: int, hidden: int) -> tuple[tuple[int, ...], ...]:
-    return (
-        (3 * channels + rank, channels), (channels, rank), (channels,), (channels, channels),
-        (2 * hidden, channels), (channels, hidden),
-    )  # fmt: skip
-
-
-def views_of(wide: Tensor, decay: Tensor, maps: Tensor, heads: int) -> tuple[Tensor, ...]:
+def views_of(wide: Tensor, decay: Tensor, maps: Tensor, heads: int) -> list[Tensor]:
     """q, k, v, g_fwd, g_bwd of the wide product [rows, 3C + rank] and the decay gates [rows, C] of maps."""
     batch, height, across, channels = maps.shape
-    tokens, width = height * across, wide.shape[1]
-    qkv = wide.as_strided((batch, tokens, 2 * channels), (tokens * width, width, 1))
-    return bigla.views_of(qkv, decay.view(batch, tokens, channels), heads)
+    places = _of_heads(batch, height * across, heads, channels, wide.shape[1])
+    first, first_gate = wide.storage_offset(), decay.storage_offset()
+    views = [wide.as_strided(size, strides, first + start) for size, strides, start in places[:3]]
+    return views + [decay.as_strided(size, strides, first_gate + at) for size, strides, at in places[3:]]
+
+
+@functools.lru_cache(maxsize=256)
+def _of_heads(batch: int, tokens: int, heads: int, channels: int, width: int) -> list[tuple]:
+    """Shape [B, N, H, K or V], strides and start of each view that views_of() returns."""
+    keys = channels // 2
+    places = []
+    for across, start, columns in (
+        (width, 0, keys), (width, keys, keys), (width, channels, channels),
+        (channels, 0, keys), (channels, keys, keys),
+    ):  # fmt: skip
+        size = columns // heads
+        places.append(((batch, tokens, heads, size), (tokens * across, across, size, 1), start))
+    return places
 
 
 def _fake_block(x, branch, *args):
@@ -138,10 +158,8 @@ def forward(
     weights = qkv, gate, down, up, up_bias, out, fc1, fc2
     if keep:
         _buffers.pop(qkv, None)
-        low = to_low(dtype, weights)
-        views = from_low(low, channels, down.shape[0], fc2.shape[1])
-        none = y.new_empty(0)
-        kept += s if branch is not None else x.new_empty(0), y  # an operator must not return its input
+        low, _, views = to_low(dtype, weights)
+        kept += x.new_empty(0) if branch is None else s, y  # an operator must not return its input
     else:
         views = to_low_again(dtype, weights)
     w_in, w_up, b_up, w_out, w_1, w_2 = views
@@ -149,20 +167,21 @@ def forward(
     with torch._C._DisableAutocast():
         u = dwconv.forward(y, conv)
         if keep:
-            kept.append(u if conv_act else none)
+            kept.append(u if conv_act else u.new_empty(0))
         u = (F.silu(u) if conv_act else u).view(-1, channels)
         del y
         wide = F.linear(u, w_in)
-        views = views_of(wide, F.linear(wide[:, 3 * channels :], w_up, b_up), x, heads)
-        o = u.new_empty(u.shape)
+        logits, reduced = torch.split_with_sizes(wide, (2 * channels, channels, down.shape[0]), 1)[1:]
+        views = views_of(wide, F.linear(reduced, w_up, b_up), x, heads)
+        o = torch.empty_like(u)
         scaling = views[0].shape[3] ** -0.5
-        bigla.forward(*views, scaling, GATE_NORMALIZER, o.view(views[2].shape))
+        bigla.forward(*views, scaling, GATE_NORMALIZER, o.view_as(views[2]))
         del views
-        m = gated_mix.mix(o, wide[:, 2 * channels :], u, norm_long, norm_short, gate_bias, mix_eps, out_act)
+        m = gated_mix.mix(o, logits, u, norm_long, norm_short, gate_bias, mix_eps, out_act)
         if keep:
             kept += u, wide, o
-        del u, wide, o
-        z = F.linear(m, w_out).view(x.shape)
+        del u, wide, logits, reduced, o
+        z = F.linear(m, w_out).view_as(x)
         del m
         s, y = norm.forward(s, z, branch_scale, norm2_weight, norm2_bias, eps, dtype, 'none', False)
         del z
@@ -170,7 +189,7 @@ def forward(
         if keep:
             kept += y, h, low
         del y
-        return s, F.linear(swiglu.activate(h), w_2).view(x.shape), *kept
+        return s, F.linear(swiglu.activate(h), w_2).view_as(x), *kept
 
 
 @operator(
@@ -183,9 +202,12 @@ def block_op(*args):
     return forward(True, *args)
 
 
-def small_sizes(channels: int, head_dim: int, rms1: bool, rms2: bool) -> tuple[int, ...]:
-    """Numbers of the gradients of norm1, conv, norm_long, norm_short, the gate's bias and norm2."""
-    return (2 - rms1) * channels, 9 * channels, head_dim, head_dim, channels, (2 - rms2) * channels
+def small_sizes(channels: int, rank: int, head_dim: int, rms1: bool, rms2: bool) -> tuple[int, ...]:
+    """Numbers of the gradients of norm1, conv, norm_long, norm_short, the gate's bias, norm2, W_g2, b."""
+    return (
+        channels, 0 if rms1 else channels, 9 * channels, head_dim, head_dim, channels,
+        channels, 0 if rms2 else channels, channels * rank, channels,
+    )  # fmt: skip
 
 
 def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
@@ -197,16 +219,16 @@ def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
     def of_weight(*shape):
         return s.new_empty(shape, dtype=weight_dtype)
 
-    small = sum(small_sizes(channels, norm_long.shape[0], norm1_bias is None, norm2_bias is None))
+    small = sum(small_sizes(channels, rank, norm_long.shape[0], norm1_bias is None, norm2_bias is None))
     return (
         s.new_empty(s.shape), s.new_empty(s.shape, dtype=o.dtype), s.new_empty(small, dtype=torch.float32),
-        of_weight(3 * channels + rank, channels), of_weight(channels, rank), of_weight(channels),
-        of_weight(channels, channels), of_weight(2 * hidden, channels), of_weight(channels, hidden),
+        of_weight(3 * channels + rank, channels), of_weight(channels, channels),
+        of_weight(2 * hidden, channels), of_weight(channels, hidden),
     )  # fmt: skip
 
 
 @operator(
-    f'block_backward(Tensor? ds, Tensor dz, {KEPT}, {OPTIONS}) -> ({", ".join(["Tensor"] * 9)})',
+    f'block_backward(Tensor? ds, Tensor dz, {KEPT}, {OPTIONS}) -> ({", ".join(["Tensor"] * 7)})',
     _fake_block_backward,
 )
 def block_backward_op(
@@ -225,7 +247,7 @@ def block_backward_op(
         d_fc2 = of_weight(dz, activated, weight_dtype)
         del activated
         d_fc1 = of_weight(dh, y2.view(-1, channels), weight_dtype)
-        dy = torch.mm(dh, w_1).view(s.shape)
+        dy = torch.mm(dh, w_1).view_as(s)
         del dh
         ds, dz, d_norm2 = norm.backward(
             ds, dy, s2, branch_scale, norm2_weight, norm2_bias, eps, 'none', False, dtype
@@ -233,26 +255,25 @@ def block_backward_op(
         dz = dz.view(-1, channels)
 
         d_wide, d_decay = torch.empty_like(wide), torch.empty_like(o)
-        logits, d_logits = wide[:, 2 * channels :], d_wide[:, 2 * channels :]
+        sizes = 2 * channels, channels, rank
+        logits, reduced = torch.split_with_sizes(wide, sizes, 1)[1:]
+        d_logits, d_reduced = torch.split_with_sizes(d_wide, sizes, 1)[1:]
         do, du, m, d_mix = gated_mix.mix_backward(
             torch.mm(dz, w_out), o, logits, u, norm_long, norm_short, gate_bias, mix_eps, out_act, d_logits
         )
         d_out = of_weight(dz, m, weight_dtype)
         del m, dz
-        reduced = wide[:, 3 * channels :]
         views = views_of(wide, torch.addmm(b_up, reduced, w_up.t()), s, heads)
         bigla.backward(
-            do.view(views[2].shape), *views, views[0].shape[3] ** -0.5, GATE_NORMALIZER,
+            do.view_as(views[2]), *views, views[0].shape[3] ** -0.5, GATE_NORMALIZER,
             views_of(d_wide, d_decay, s, heads),
         )  # fmt: skip
         del views, do
-        torch.mm(d_decay, w_up, out=d_wide[:, 3 * channels :])
-        d_up = of_weight(d_decay, reduced, weight_dtype)
-        d_up_bias = d_decay.sum(0, dtype=torch.float32).to(weight_dtype)
+        d_up = low_rank.backward(d_decay, reduced, w_up, d_reduced)
         del d_decay
         d_in = of_weight(d_wide, u, weight_dtype)
-        du = torch.addmm(du, d_wide, w_in).view(s.shape)
-        del d_wide
+        du = du.addmm_(d_wide, w_in).view_as(s)  # torch.addmm would copy du first
+        del d_wide, d_logits, d_reduced
         if conv_act:
             du = torch.ops.aten.silu_backward(du, conved)
         dy, d_conv = dwconv.backward(du, y, conv)
@@ -265,10 +286,10 @@ def block_backward_op(
     segments = (
         *[(0, programs1, channels)] * kinds1, (1, d_conv.shape[0], 9 * channels),
         (2, programs * heads, head_dim), (2, programs * heads, head_dim), (2, programs, channels),
-        *[(3, programs2, channels)] * kinds2,
+        *[(3, programs2, channels)] * kinds2, (4, *d_up.shape),
     )  # fmt: skip
-    small = sum_partials((d_norm1, d_conv, d_mix, d_norm2), segments)
-    return dx, d_branch, small, d_in, d_up, d_up_bias, d_out, d_fc1, d_fc2
+    small = sum_partials((d_norm1, d_conv, d_mix, d_norm2, d_up), segments)
+    return dx, d_branch, small, d_in, d_out, d_fc1, d_fc2
 
 
 def of_weight(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -298,18 +319,26 @@ def _backward(ds, dz, *kept):
     ]
     if dz is None:
         dz = torch.zeros_like(kept[11])
-    dx, d_branch, small, d_in, d_up, d_up_bias, d_out, d_fc1, d_fc2 = block_backward_op(ds, dz, *kept)
+    dx, d_branch, small, d_in, d_out, d_fc1, d_fc2 = block_backward_op(ds, dz, *kept)
     channels = s.shape[3]
-    d_qkv, d_gate, d_down = d_in.split((2 * channels, channels, d_in.shape[0] - 3 * channels))
-    sizes = small_sizes(channels, norm_long.shape[0], norm1_bias is None, norm2_bias is None)
-    d_norm1, d_conv, d_long, d_short, d_gate_bias, d_norm2 = small.split(sizes)
+    rank = d_in.shape[0] - 3 * channels
+    d_qkv, d_gate, d_down = torch.split_with_sizes(d_in, (2 * channels, channels, rank))
+    sizes = small_sizes(channels, rank, norm_long.shape[0], norm1_bias is None, norm2_bias is None)
+    d_norm1, d_bias1, d_conv, d_long, d_short, d_gate_bias, d_norm2, d_bias2, d_up, d_up_bias = (
+        torch.split_with_sizes(small, sizes)
+    )
     return (
-        dx, d_branch if has_branch else None, None, None,
-        *norm.of_weights(d_norm1.view(-1, channels), norm1_weight, norm1_bias),
-        d_conv.view(conv.shape).to(conv.dtype), d_qkv, d_gate, d_gate_bias.to(gate_bias.dtype),
-        d_down, d_up, d_up_bias, d_long.to(norm_long.dtype), d_short.to(norm_short.dtype), d_out,
-        *norm.of_weights(d_norm2.view(-1, channels), norm2_weight, norm2_bias), d_fc1, d_fc2,
+        dx, d_branch if has_branch else None, None, None, like(d_norm1, norm1_weight),
+        like(d_bias1, norm1_bias), like(d_conv.view_as(conv), conv), d_qkv, d_gate,
+        like(d_gate_bias, gate_bias), d_down, like(d_up.view(channels, rank), d_in), like(d_up_bias, d_in),
+        like(d_long, norm_long), like(d_short, norm_short), d_out, like(d_norm2, norm2_weight),
+        like(d_bias2, norm2_bias), d_fc1, d_fc2,
     )  # fmt: skip
+
+
+def like(grad: Tensor, weight: Tensor | None) -> Tensor | None:
+    """A weight's gradient in the dtype of it, or of another one."""
+    return None if weight is None else grad if grad.dtype == weight.dtype else grad.to(weight.dtype)
 
 
 differentiate('block', _backward, _keep, outputs=2)

@@ -133,17 +133,12 @@ def operator(schema: str, fake: Callable, inference: Callable | None = None) -> 
 
         @functools.wraps(function)
         def call(*args):
-            if torch.compiler.is_compiling() or is_watched():
+            if torch.compiler.is_compiling() or is_watched() or not PLAIN.issuperset(map(type, args)):
                 return op(*args)
-            learns = False
-            for x in args:
-                kind = type(x)
-                if kind in PLAIN_TENSORS:
-                    learns = learns or x.requires_grad
-                elif kind not in PLAIN_OPTIONS:
-                    return op(*args)
-            if learns and torch.is_grad_enabled():
-                return _nodes[name].apply(*args)
+            if torch.is_grad_enabled():
+                for x in args:
+                    if type(x) in PLAIN_TENSORS and x.requires_grad:
+                        return _nodes[name].apply(*args)
             return without_gradient(*args)
 
         call.op = op
@@ -153,7 +148,7 @@ def operator(schema: str, fake: Callable, inference: Callable | None = None) -> 
 
 
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
-PLAIN_OPTIONS = frozenset((int, float, bool, str, torch.dtype, type(None)))
+PLAIN = PLAIN_TENSORS | {int, float, bool, str, torch.dtype, type(None)}
 
 
 def keep_inputs(inputs: tuple, output: object) -> tuple[tuple, tuple]:

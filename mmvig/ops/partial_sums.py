@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mmvig.ops.launch import Constants, compile_key, device_of, launch
 
-ROWS, COLUMNS, SOURCES = 32, 64, 4
+ROWS, COLUMNS, SOURCES = 32, 64, 5
 CONSTANTS = Constants(BR=ROWS, BC=COLUMNS, num_warps=4)
 
 
 @triton.jit
-def sum_kernel(p_0, p_1, p_2, p_3, p_table, p_out, BR: tl.constexpr, BC: tl.constexpr):
+def sum_kernel(p_0, p_1, p_2, p_3, p_4, p_table, p_out, BR: tl.constexpr, BC: tl.constexpr):
     """Sum the rows of a block of columns; the table has of each its source, place, shape and target."""
     p_row = p_table + tl.program_id(0) * 6
     source = tl.load(p_row)
@@ -38,8 +38,10 @@ def sum_kernel(p_0, p_1, p_2, p_3, p_table, p_out, BR: tl.constexpr, BC: tl.cons
             total += tl.load(p_1 + at, mask=mask, other=0.0)
         elif source == 2:
             total += tl.load(p_2 + at, mask=mask, other=0.0)
-        else:
+        elif source == 3:
             total += tl.load(p_3 + at, mask=mask, other=0.0)
+        else:
+            total += tl.load(p_4 + at, mask=mask, other=0.0)
     tl.store(p_out + tl.load(p_row + 5) + columns, tl.sum(total, axis=0), mask=inside)
 
 
@@ -60,7 +62,7 @@ def sum_partials(sources: Sequence[Tensor], segments: tuple[tuple[int, int, int]
     """Sums over rows, one after the other in one vector.
 
     Args:
-        sources: four contiguous tensors in float32.
+        sources: five contiguous tensors in float32.
         segments: (source, rows, columns) of matrices that follow each other in each source.
     """
     table, size = _table(segments, sources[0].device)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmvig.backbones import ViG, ViGH
+from mmvig.backbones.block import DropPath, draw_factors
 
 MAKERS = {
     'ViGH': lambda: ViGH({'embed_dims': 16, 'depths': [1, 1, 2, 1], 'num_heads': [1, 2, 4, 8]}),
@@ -47,3 +48,25 @@ def test_autocast_trains(model):
     sum(out.float().square().sum() for out in maps).backward()
     for parameter in model.parameters():
         assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all()
+
+
+def test_factors_of_drop_path_have_mean_one():
+    torch.manual_seed(0)
+    x, rates = torch.empty(4000, 1), [0.0, 0.5, 0.75, 0.5]
+    modules = [DropPath(rate) for rate in rates]
+    modules[3].eval()  # as in a frozen stage
+    first, *drawn, frozen = draw_factors(modules, x)
+    assert first == frozen == (None, None)
+    for rate, pair in zip(rates[1:3], drawn, strict=True):
+        assert not torch.equal(*pair)
+        for factors in pair:
+            assert set(factors.tolist()) == {0, 1 / (1 - rate)}
+            assert factors.mean() == pytest.approx(1, abs=0.1)
+    assert draw_factors(modules[:1], x) == [(None, None)]
+    assert set(modules[1](x)[0].tolist()) == {0, 2}
+
+
+def test_factors_of_drop_path_are_aligned():
+    """Or their kernels would be looked up by Triton, which takes longer than they do."""
+    factors = draw_factors([DropPath(0.1), DropPath(0.2)], torch.empty(2, 1))
+    assert all(x.shape == (2,) and x.data_ptr() % 16 == 0 for pair in factors for x in pair)

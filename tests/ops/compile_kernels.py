@@ -16,7 +16,8 @@ from mmvig.ops.bigla.triton import plan
 TYPES = {'p_sum': '*fp32', 'p_table': '*fp16', 'p_mask': '*i16', 'scale': 'fp32', 'inv': 'fp32'}
 # Of the fused operators: the residual stream, weights and their gradients are in float32.
 FLOATS = ['p_s', 'p_ds', 'p_scale', 'p_w', 'p_b', 'p_wl', 'p_ws', 'p_bias', 'p_dw']
-FUSED_TYPES = {'p_table': '*i64', **dict.fromkeys([*FLOATS, 'p_0', 'p_1', 'p_2', 'p_3', 'p_out'], '*fp32')}
+PARTIALS = [f'p_{i}' for i in range(5)]
+FUSED_TYPES = {'p_table': '*i64', **dict.fromkeys([*FLOATS, *PARTIALS, 'p_out'], '*fp32')}
 
 
 def compile_for(capability: int, kernel, constants: dict, types: dict) -> int:
@@ -48,13 +49,14 @@ def bigla_launches():
 
 def fused_launches():
     """Kernels and constants of the fused operators at 384 channels."""
-    from mmvig.ops import partial_sums
+    from mmvig.ops import low_rank, partial_sums
     from mmvig.ops.dwconv import triton as dwconv
     from mmvig.ops.gated_mix import triton as gated_mix
     from mmvig.ops.norm import triton as norm
     from mmvig.ops.swiglu import triton as swiglu
 
     yield partial_sums.sum_kernel, partial_sums.CONSTANTS
+    yield low_rank.backward_kernel, low_rank.constants_of(384, 16, 1168, 1168, 128)
     cpu = torch.device('cpu')
     for name in ('forward_kernel', 'backward_kernel'):
         forward = name == 'forward_kernel'

@@ -184,7 +184,7 @@ def divide(shape: torch.Size, tile: int, device: torch.device) -> tuple[dict, tu
 def forward(x: Tensor, weight: Tensor) -> Tensor:
     """The convolution of x [B, H, W, C]."""
     x, weight = x.contiguous(), weight.contiguous()
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x)
     if y.numel():
         constants, grid, rows = divide(x.shape, TILE, x.device)
         with device_of(x):
@@ -196,7 +196,7 @@ def forward(x: Tensor, weight: Tensor) -> Tensor:
 def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of x, and programs' shares of the weight's [., C, 1, 3, 3] in float32."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
-    dx = x.new_empty(x.shape)
+    dx = torch.empty_like(x)
     if not dx.numel():
         return dx, x.new_empty(0, *weight.shape, dtype=torch.float32)
     constants, grid, rows = divide(x.shape, BACKWARD_TILE, x.device)

@@ -138,7 +138,7 @@ def mix(long, gate, short, weight_long, weight_short, bias, eps, act):
 
     ``bias``: ``[H * V]``, to be added to the gate's logits, or None.
     """
-    y = long.new_empty(long.shape)
+    y = torch.empty_like(long)
     if y.numel():
         options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, TILE)
         rows = y.numel() // options['V']
@@ -156,7 +156,7 @@ def mix_backward(dy, long, gate, short, weight_long, weight_short, bias, eps, ac
     These are gradients of the two weights, to be summed up over the second and third dimension, and of
     the bias, if there is one. The gate's is written into ``dgate``, of its strides.
     """
-    dlong, dshort, y = long.new_empty(long.shape), long.new_empty(long.shape), dy.new_empty(dy.shape)
+    dlong, dshort, y = torch.empty_like(long), torch.empty_like(long), torch.empty_like(dy)
     options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, BACKWARD_TILE)
     heads, rows = options['H'], dy.numel() // options['V']
     programs = ceil_div(rows, options['BR'] * heads)

@@ -140,8 +140,11 @@ def forward(x, branch, scale, weight, bias, eps, dtype, act, first):
     """The sum (None where there is no branch) and its norm."""
     x, branch, scale, weight, bias = contiguous(x, branch, scale, weight, bias)
     batch, height, width, channels = x.shape
-    s = None if branch is None else x.new_empty(x.shape)
-    y = x.new_empty((batch, channels, height, width) if first else x.shape, dtype=dtype)
+    s = None if branch is None else torch.empty_like(x)
+    if first:
+        y = x.new_empty((batch, channels, height, width), dtype=dtype)
+    else:
+        y = torch.empty_like(x, dtype=dtype)
     if y.numel():
         rows = batch * height * width
         options = constants(
@@ -158,8 +161,8 @@ def backward(ds, dy, s, scale, weight, bias, eps, act, first, branch_dtype):
     """dx, the branch's gradient (None where there is no ds), and programs' shares of dw [2 or 1, ., C]."""
     ds, dy, s, scale, weight, bias = contiguous(ds, dy, s, scale, weight, bias)
     batch, height, width, channels = s.shape
-    dx = s.new_empty(s.shape)
-    dbranch = None if ds is None else s.new_empty(s.shape, dtype=branch_dtype)
+    dx = torch.empty_like(s)
+    dbranch = None if ds is None else torch.empty_like(s, dtype=branch_dtype)
     rows = batch * height * width
     options = constants(
         channels, BACKWARD_TILE, eps, bias is None, act, ds is not None, scale is not None, first

@@ -80,7 +80,7 @@ def activate(x: Tensor) -> Tensor:
 
 def activate_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of x, of dy [rows, D], and y again."""
-    dx, y = x.new_empty(x.shape), torch.empty_like(dy)
+    dx, y = torch.empty_like(x), torch.empty_like(dy)
     run(backward_kernel, (dy, x, dx, y), *reversed(dy.shape))
     return dx, y
 
