@@ -48,29 +48,23 @@ KEPT = (
     'Tensor? scale, Tensor? branch_scale, Tensor norm1_weight, Tensor? norm1_bias, Tensor conv, '
     'Tensor gate_bias, Tensor norm_long, Tensor norm_short, Tensor norm2_weight, Tensor? norm2_bias, '
     'Tensor s, Tensor y, Tensor conved, Tensor u, Tensor wide, Tensor o, Tensor s2, Tensor y2, Tensor h, '
-    'Tensor low'
+    'Tensor qkv, Tensor gate, Tensor down, Tensor up, Tensor up_bias, Tensor out, Tensor fc1, Tensor fc2'
 )
-OPTIONS = 'int heads, float eps, float mix_eps, bool conv_act, bool out_act, ScalarType weight_dtype'
+OPTIONS = 'int heads, float eps, float mix_eps, bool conv_act, bool out_act'
 
 
-def to_low(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor], tuple]:
-    """The weights in ``dtype``, one after the other in one vector; views alike to them; from_low()'s."""
+def to_low(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Copies of the weights in ``dtype``, side by side, and [W_qkv; W_r; W_g1], W_g2, b, W_o, W_1, W_2."""
     places, size = _places(weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
     low = weights[0].new_empty(size, dtype=dtype)
     parts = [low.as_strided(*place) for place in places[1:]]
     torch._foreach_copy_(parts, weights)
-    return low, parts, (low.as_strided(*places[0]), *parts[3:])
-
-
-def from_low(low: Tensor, channels: int, rank: int, hidden: int) -> tuple[Tensor, ...]:
-    """Views of it: [W_qkv; W_r; W_g1], W_g2, b, W_o, W_1, W_2."""
-    places, _ = _places(channels, rank, hidden)
-    return tuple(low.as_strided(*place) for place in (places[0], *places[4:]))
+    return parts, (low.as_strided(*places[0]), *parts[3:])
 
 
 @functools.lru_cache(maxsize=64)
 def _places(channels: int, rank: int, hidden: int) -> tuple[list[tuple], int]:
-    """Shape, strides and start in to_low()'s vector of the first three weights, of each; its size."""
+    """Shape, strides and start in to_low()'s memory of the first three weights, of each; its size."""
     shapes = (
         (2 * channels, channels), (channels, channels), (rank, channels), (channels, rank), (channels,),
         (channels, channels), (2 * hidden, channels), (channels, hidden),
@@ -82,7 +76,7 @@ def _places(channels: int, rank: int, hidden: int) -> tuple[list[tuple], int]:
     return places, start
 
 
-# By a block's W_qkv: the vector of to_low(), its views alike to the weights, and those of from_low().
+# By a block's W_qkv: what to_low() has returned, and for which dtype, device and shapes.
 _buffers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -98,7 +92,7 @@ def to_low_again(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tenso
     shapes = [w.shape for w in weights]
     if buffer is None or buffer[:3] != (dtype, weights[0].device, shapes):
         with torch.inference_mode(False), torch.no_grad():  # the former alone would turn gradients on
-            _, parts, views = to_low(dtype, weights)
+            parts, views = to_low(dtype, weights)
         if not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             _buffers[weights[0]] = dtype, weights[0].device, shapes, parts, views
         return views
@@ -138,12 +132,11 @@ def _fake_block(x, branch, *args):
         return x.new_empty(shape, dtype=dtype)
 
     none = x.new_empty(0)
-    weights = sum(args[i].numel() for i in (5, 6, 8, 9, 10, 13, 16, 17))
     return (
         x.new_empty(x.shape), low(*x.shape), none if branch is None else x.new_empty(x.shape),
         low(*x.shape), low(*x.shape) if conv_act else low(0), low(rows, channels),
         low(rows, 3 * channels + down.shape[0]), low(rows, channels), low(*x.shape),
-        low(rows, 2 * fc2.shape[1]), low(weights),
+        low(rows, 2 * fc2.shape[1]),
     )  # fmt: skip
 
 
@@ -158,7 +151,7 @@ def forward(
     weights = qkv, gate, down, up, up_bias, out, fc1, fc2
     if keep:
         _buffers.pop(qkv, None)
-        low, _, views = to_low(dtype, weights)
+        _, views = to_low(dtype, weights)
         kept += x.new_empty(0) if branch is None else s, y  # an operator must not return its input
     else:
         views = to_low_again(dtype, weights)
@@ -187,13 +180,13 @@ def forward(
         del z
         h = F.linear(y.view(-1, channels), w_1)
         if keep:
-            kept += y, h, low
+            kept += y, h
         del y
         return s, F.linear(swiglu.activate(h), w_2).view_as(x), *kept
 
 
 @operator(
-    f'block({INPUTS}) -> ({", ".join(["Tensor"] * 11)})',
+    f'block({INPUTS}) -> ({", ".join(["Tensor"] * 10)})',
     _fake_block,
     inference=functools.partial(forward, False),
 )
@@ -212,7 +205,7 @@ def small_sizes(channels: int, rank: int, head_dim: int, rms1: bool, rms2: bool)
 
 def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
     _, norm1_bias, _, _, norm_long, _, _, norm2_bias = rest[:8]
-    s, o, weight_dtype = rest[8], rest[13], rest[-1]
+    s, o, weight_dtype = rest[8], rest[13], rest[17].dtype
     channels, hidden = s.shape[3], rest[16].shape[1] // 2
     rank = rest[12].shape[1] - 3 * channels
 
@@ -233,13 +226,13 @@ def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
 )
 def block_backward_op(
     ds, dz, scale, branch_scale, norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short,
-    norm2_weight, norm2_bias, s, y, conved, u, wide, o, s2, y2, h, low,
-    heads, eps, mix_eps, conv_act, out_act, weight_dtype,
+    norm2_weight, norm2_bias, s, y, conved, u, wide, o, s2, y2, h,
+    qkv, gate, down, up, up_bias, out, fc1, fc2, heads, eps, mix_eps, conv_act, out_act,
 ):  # fmt: skip
     """Gradients of :func:`block_op`: of x, the branch and the weights, the small ones in one vector."""
-    channels, hidden = s.shape[3], h.shape[1] // 2
-    rank, dtype = wide.shape[1] - 3 * channels, o.dtype
-    w_in, w_up, b_up, w_out, w_1, w_2 = from_low(low, channels, rank, hidden)
+    channels, rank, dtype, weight_dtype = s.shape[3], down.shape[0], o.dtype, qkv.dtype
+    # Copied again: kept, the copies would take 2 % of a training step's memory.
+    _, (w_in, w_up, b_up, w_out, w_1, w_2) = to_low(dtype, (qkv, gate, down, up, up_bias, out, fc1, fc2))
     ds = torch.zeros_like(s2) if ds is None else ds
     with torch._C._DisableAutocast():
         dz = dz.reshape(-1, channels)
@@ -301,15 +294,15 @@ def of_weight(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _keep(inputs, output):
-    x, branch, scale, branch_scale, norm1_weight, norm1_bias, conv, qkv = inputs[:8]
-    gate_bias, norm_long, norm_short = inputs[9], inputs[13], inputs[14]
-    norm2_weight, norm2_bias = inputs[16:18]
-    s2, _, s, y, conved, u, wide, o, y2, h, low = output
+    x, branch, scale, branch_scale, norm1_weight, norm1_bias, conv, qkv, gate, gate_bias = inputs[:10]
+    down, up, up_bias, norm_long, norm_short, out, norm2_weight, norm2_bias, fc1, fc2 = inputs[10:TENSORS]
+    s2, _, s, y, conved, u, wide, o, y2, h = output
     tensors = (
         scale, branch_scale, norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short,
-        norm2_weight, norm2_bias, x if branch is None else s, y, conved, u, wide, o, s2, y2, h, low,
+        norm2_weight, norm2_bias, x if branch is None else s, y, conved, u, wide, o, s2, y2, h,
+        qkv, gate, down, up, up_bias, out, fc1, fc2,
     )  # fmt: skip
-    return tensors, (*inputs[TENSORS:-1], qkv.dtype, branch is not None)
+    return tensors, (*inputs[TENSORS:-1], branch is not None)
 
 
 def _backward(ds, dz, *kept):
