@@ -39,7 +39,7 @@ from common import DTYPES, machine, measure, megabytes, milliseconds, peak_memor
 from models import MODELS, SIDE_MULTIPLE, Absent, Entry, build, choose
 from steps import Wrong, capture, check_ours, check_step, kernels, make_step
 
-from mmvig.backbones.graphs import CALLS
+from mmvig.backbones.graphs import CALLS, Graphs
 from mmvig.engine.preflight import SetupError, one_line_errors
 from mmvig.ops.bigla import BACKENDS
 
@@ -137,6 +137,8 @@ class Benchmark:
                 row |= {'status': 'failed', 'reason': f'{type(error).__name__}: {error}'[:500]}
             if 'model' in state:
                 state['model'].zero_grad(set_to_none=True)
+                if mode == 'replayed':
+                    state['model']._graphs = Graphs(0)
             release(self.device)
             self.rows.append(row)
             row['ratios'] = self.ratios(entry, row)
@@ -179,13 +181,16 @@ class Benchmark:
             torch.compiler.reset()  # shapes of other rows would make this one's dynamic
             module = torch.compile(model)
         elif mode == 'replayed':
-            sides = shape.height, shape.width
-            module = model = build(entry, *sides, backend=self.args.backend, cuda_graphs=1).to(self.device)
+            model._graphs = Graphs(1)
         step = make_step(model, module, x, dtype, kind)
-        for _ in range(CALLS if mode == 'replayed' else 0):  # it is captured at the last of these
-            step()
         check_step(step, model, entry.shapes(shape.batch, shape.height, shape.width))
-        memory = peak_memory(step, self.device)  # of the eager step: a graph's is set aside at its capture
+
+        def first_steps() -> None:
+            for _ in range(CALLS if mode == 'replayed' else 1):  # captured at the last of them
+                step()
+
+        # Of the eager step, or of the capture: what a graph has set aside no longer counts as allocated.
+        memory = peak_memory(first_steps, self.device)
         if mode == 'graph':
             step = capture(step)
         result = {'status': 'ok', **measure(step, self.device, self.args.seconds)}
@@ -261,7 +266,7 @@ def growth(rows: list[dict]) -> dict[str, dict]:
 
 
 def plot(rows: list[dict], path: Path, sweep: bool) -> None:
-    """Pixels a second at each shape as bars; for a sweep, time a pixel over the size as lines."""
+    """Pixels a second at each shape as bars; for a sweep, time and memory a pixel over the size."""
     import matplotlib
 
     matplotlib.use('Agg')  # a picture file, so no display is needed
@@ -273,9 +278,9 @@ def plot(rows: list[dict], path: Path, sweep: bool) -> None:
         return
     models = [name for name in MODELS if any(row['model'] == name for row in rows)]
     figure, axes = pyplot.subplots(
-        len(steps), squeeze=False, figsize=(11, 4.2 * len(steps)), layout='constrained'
+        len(steps), 1 + sweep, squeeze=False, figsize=(11, 4.2 * len(steps)), layout='constrained'
     )
-    for axis, step in zip(axes[:, 0], steps, strict=True):
+    for (axis, *others), step in zip(axes, steps, strict=True):
         here = [row for row in rows if row['step'] == step]
         places = list(dict.fromkeys(f'{row["shape"]} {row["dtype"]}' for row in here))
         for i, name in enumerate(models):
@@ -283,20 +288,25 @@ def plot(rows: list[dict], path: Path, sweep: bool) -> None:
             own = [row for row in here if row['model'] == name]
             if sweep:
                 sides = [(row['pixels'] / row['batch']) ** 0.5 for row in own]
-                times = [row['median'] / row['pixels'] * 1e9 for row in own]
-                axis.loglog(sides, times, 'o-' if MODELS[name].ours else 's--', **style)
+                line = 'o-' if MODELS[name].ours else 's--'
+                axis.loglog(sides, [row['median'] / row['pixels'] * 1e9 for row in own], line, **style)
+                if all(row['memory'] for row in own):  # on a GPU
+                    others[0].loglog(sides, [row['memory'] / row['pixels'] for row in own], line, **style)
             else:
                 at = [places.index(f'{row["shape"]} {row["dtype"]}') + 0.8 * i / len(models) for row in own]
                 rates = [row['pixels'] / row['median'] / 1e6 for row in own]
                 axis.bar(at, rates, 0.8 / len(models), align='edge', **style)
         if sweep:
             axis.set(xlabel='side of the image', ylabel='ns a pixel')
+            others[0].set(xlabel='side of the image', ylabel='bytes a pixel, peak')
         else:
             axis.set(ylabel='megapixels a second')
             axis.set_xticks([i + 0.4 for i in range(len(places))], places)
-        axis.set_title(step)
-        axis.grid(True, which='both', axis='y', alpha=0.2)
-        axis.legend(fontsize=8, ncols=2)
+        for each in (axis, *others):
+            each.set_title(step)
+            each.grid(True, which='both', axis='y', alpha=0.2)
+            if each.has_data():
+                each.legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -140,14 +140,7 @@ class _Steps(nn.Module):
         return tuple(maps)
 
 
-def build(
-    entry: Entry,
-    height: int,
-    width: int,
-    source: str = 'timm',
-    backend: str = 'auto',
-    cuda_graphs: int = 0,
-) -> nn.Module:
+def build(entry: Entry, height: int, width: int, source: str = 'timm', backend: str = 'auto') -> nn.Module:
     """Build a model for images of a size, on the CPU, with random weights.
 
     Args:
@@ -155,7 +148,6 @@ def build(
         height, width: size of the images.
         source: where peers come from, 'timm' or 'torchvision'.
         backend: BiGLA backend of ours.
-        cuda_graphs: of ours, how many kinds of input they keep as CUDA graphs.
 
     Raises:
         Absent: The peer's source is not installed or does not have it.
@@ -163,7 +155,7 @@ def build(
     arch = SIZES[entry.size]
     if entry.ours:
         kind = ViG if entry.plain else ViGH
-        model = kind(arch, drop_path_rate=DROP_PATH, backend=backend, cuda_graphs=cuda_graphs)
+        model = kind(arch, drop_path_rate=DROP_PATH, backend=backend)
     elif importlib.util.find_spec(source) is None:
         raise Absent(f'{source} is not installed')
     else:
