@@ -1,4 +1,4 @@
-"""BiGLA's kernels on small shapes, forward and backward, for compute-sanitizer on a GPU:
+"""BiGLA's kernels on small shapes, forward and backward, for compute-sanitizer on a GPU.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/ops/sanitize_bigla.py
 """
