@@ -223,8 +223,9 @@ def test_sweep(family, dtype, size, channels):
     truth = run(make(family, 'chunked', channels, heads).double(), wide)
     plain = run(make(family, 'chunked', channels, heads), inputs, dtype)
     actual = run(make(family, 'triton', channels, heads), inputs, dtype)
-    # BiGLA's own error may be twice plain PyTorch's; with three tokens nothing else hides it.
-    assert_no_further(actual, plain, truth, 2.0 if size[2] == 1 else 1.0)
+    # For three tokens in fp16, ViG's errors were 1.6 times plain PyTorch's on an H200; why is not known.
+    few = dtype == torch.float16 and size[2] == 1
+    assert_no_further(actual, plain, truth, 1.5 if few else 1.0)
 
 
 @gpu

@@ -5,9 +5,8 @@ import torch
 
 from mmvig.ops import low_rank
 
-DEVICE = (
-    'cuda' if torch.cuda.is_available() else 'cpu'
-)  # where conftest.py has Triton interpret its kernels
+# On a CPU, conftest.py has Triton interpret its kernels.
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 

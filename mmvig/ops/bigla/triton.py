@@ -194,16 +194,15 @@ def make_states(
     num_segments = n_states // (batch * heads)
     constants = constants_of(*widths, name, UNIT=unit, SAME=same, NC=chunks, BACKWARD=kinds == 4)
     blocks_v = ceil_div(value_dim, constants['BV'])
+    table = tables(state.device, constants['BT'])[0]
     if chunks == 1 and num_tokens <= MAX_WALK:
-        constants = constants_of(*widths, f'walk_{name}', UNIT=unit, SAME=same)
         launch(
             kernels.walk_kernel, key, (kinds, heads * blocks_v, batch),
-            (*inputs, state, sums, tables(state.device, constants['BT'])[0], num_tokens, heads, n_states,
-             *strides, *common), constants,
+            (*inputs, state, sums, table, num_tokens, heads, n_states, *strides, *common),
+            constants_of(*widths, f'walk_{name}', UNIT=unit, SAME=same),
         )  # fmt: skip
         return
     run = run_length(num_segments, batch * heads * blocks_v, state.device)
-    table = tables(state.device, constants['BT'])[0]
     launch(
         kernels.states_kernel, key, (ceil_div(num_segments, run), heads * blocks_v, batch),
         (*inputs, state, sums, table, num_tokens, heads, n_states, *strides, run, *common), constants,
