@@ -2,7 +2,7 @@
 
 Not by ``torch.cuda.make_graphed_callables``: the gradients that it returns are overwritten by the next
 replay, so that accumulated ones are wrong (pytorch/pytorch#181723); it cannot capture once DDP holds the
-parameters; and before torch 2.14 its captures fail where another thread pins memory.
+parameters; and where it takes no ``capture_error_mode``, its captures fail if another thread pins memory.
 """
 
 import functools
