@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmvig.ops.bigla import kernels
-from mmvig.ops.bigla.triton import plan
+from mmvig.ops.bigla.triton import plan, scan_constants
 
 TYPES = {'p_sum': '*fp32', 'p_table': '*fp16', 'p_mask': '*i16', 'scale': 'fp32', 'inv': 'fp32'}
 # Of the fused operators: the residual stream, weights and their gradients are in float32.
@@ -22,7 +22,8 @@ FUSED_TYPES = {'p_table': '*i64', **dict.fromkeys([*FLOATS, *PARTIALS, 'p_out'],
 
 def compile_for(capability: int, kernel, constants: dict, types: dict) -> int:
     constants = dict(constants)
-    options = {name: constants.pop(name) for name in ('num_warps', 'num_stages') if name in constants}
+    names = constants.keys() & {'num_warps', 'num_stages', 'maxnreg'}
+    options = {name: constants.pop(name) for name in names}
     signature = {}
     for argument in kernel.arg_names:
         default = '*bf16' if argument.startswith('p_') else 'i32'
@@ -40,10 +41,10 @@ def bigla_launches():
     shared = {'UNIT': 8, 'SAME': True}
     yield kernels.states_kernel, {**p['states'], **shared, 'NC': 1, 'BACKWARD': True}
     yield kernels.walk_kernel, {**p['walk_back_states'], **shared}
-    yield kernels.scan_kernel, {**p['scan'], 'NC': 1, 'BW': 2, 'BR': 8, 'num_warps': 1, 'num_stages': 1}
+    yield kernels.scan_kernel, scan_constants((16, 32, torch.bfloat16), 100, 1)
     for strong in (False, True):
         form = {**shared, 'STRONG': strong, 'GROUP': 16}
-        yield kernels.output_kernel, {**p['output'], 'NC': 1, 'ALONE': False, 'SWAP': False, **form}
+        yield kernels.output_kernel, {**p['output'], 'NC': 1, 'ALONE': False, **form}
         yield kernels.gradient_kernel, {**p['gradient'], **form}
 
 

@@ -165,6 +165,21 @@ def test_same_bits_however_it_runs(dtype):
     assert torch.equal(alone, first[0][1:])
 
 
+def test_halves_of_a_batch_give_the_same_bits(monkeypatch):
+    from mmvig.ops.bigla import triton
+
+    inputs = make_inputs(40, 32, 64, batch=3, heads=1, dtype=torch.bfloat16)
+    whole = bigla(*inputs, backend='triton')
+    batches = []
+    make_states = triton.make_states
+    monkeypatch.setattr(
+        triton, 'make_states', lambda x, *a: (batches.append(len(x[0])), make_states(x, *a))
+    )
+    assert torch.equal(bigla(*inputs, backend='triton'), whole) and batches == [3]
+    monkeypatch.setattr(triton, 'MAX_STATES', 0)
+    assert torch.equal(bigla(*inputs, backend='triton'), whole) and batches == [3, 2, 1]
+
+
 def test_nan_stays_in_its_head():
     clean = run(make_inputs(20, heads=2, dtype=torch.bfloat16), 'triton')
     for which in (1, 3):  # a key and a gate
@@ -397,9 +412,10 @@ def test_more_elements_than_32_bits_count():
 
 
 @gpu
-def test_forward_takes_little_memory():
-    qkv = torch.randn(2, 60800, 192, device='cuda', dtype=torch.bfloat16)
-    gates = torch.randn(2, 60800, 96, device='cuda', dtype=torch.bfloat16)
+@pytest.mark.parametrize('tokens, key', [(60800, 16), (65536, 32)])
+def test_forward_takes_little_memory(tokens, key):
+    qkv = torch.randn(2, tokens, 12 * key, device='cuda', dtype=torch.bfloat16)
+    gates = torch.randn(2, tokens, 6 * key, device='cuda', dtype=torch.bfloat16)
     bigla_packed(qkv, gates, 3)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

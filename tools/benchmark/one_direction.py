@@ -6,6 +6,7 @@ decays sum up to more than kernels.SPAN binary orders in some channel may overfl
 such chunks. In bf16 and fp16 alone, as the merged operator takes another form in float32.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -38,16 +39,15 @@ from mmvig.ops.bigla.kernels import (
     tile_sum,
 )
 from mmvig.ops.bigla.triton import (
-    SCANS,
     address,
     batched,
     compile_key,
-    constants_of,
     plan,
     run_length,
+    scan_constants,
     tables,
 )
-from mmvig.ops.launch import ceil_div, empty_like_each, launch
+from mmvig.ops.launch import Constants, ceil_div, empty_like_each, launch
 
 NORMALIZER = 16.0
 INTS = [*kernels.INTS, *(f's_{x}{axis}' for x in ('g', 'dg') for axis in 'bnh')]
@@ -256,6 +256,17 @@ def gradient_kernel(
         store_tile(p_dk, dk, i_c, 0, N, s_dkn, K, BT, BK, UNIT)
 
 
+@functools.lru_cache(maxsize=64)
+def constants_of(widths: tuple[int, int, torch.dtype], name: str, **more) -> Constants:
+    """Constants of a kernel as the merged operator has them; dv, part of its gradients, is one here."""
+    constants = {**plan(*widths)['gradient' if name == 'dv' else name], **more}
+    if name == 'gradient':
+        del constants['PAIR_MODE']
+    elif name == 'dv' and constants['BK'] == 16:
+        constants['num_warps'] = 1
+    return Constants(constants)
+
+
 class Pass:
     """A forward or backward pass: what its launches share.
 
@@ -288,17 +299,16 @@ class Pass:
         self.state = new(kinds, n_states, *self.widths[:2], dtype=state_dtype)
         self.sums = new(kinds, batch * heads * self.num_chunks, key_dim, dtype=torch.float32)
         self.run(states_kernel, name, range(5), num_segments, NC=chunks, BACKWARD=kinds == 2)
-        most = next(most for most in SCANS if num_segments <= most)
+        scan = scan_constants(self.widths, num_segments, chunks)
         launch(
-            kernels.scan_kernel, self.key, (batch * heads, key_dim, kinds),
-            (self.state, self.sums, num_segments, n_states, self.num_chunks),
-            constants_of(*self.widths, 'scan', NC=chunks, **SCANS[most]),
+            kernels.scan_kernel, self.key, (batch * heads, ceil_div(key_dim, scan['ROWS']), kinds),
+            (self.state, self.sums, num_segments, n_states, self.num_chunks), scan,
         )  # fmt: skip
 
     def run(self, kernel, name: str, which: Sequence[int], n: int, **more) -> None:
         """Launch a kernel on some of the tensors, over a sequence's ``n`` chunks or segments."""
         batch, num_tokens, heads, _ = self.tensors[0].shape
-        constants = constants_of(*self.widths, name, **self.more, **more)
+        constants = constants_of(self.widths, name, **self.more, **more)
         last = kernel is gradient_kernel
         blocks = 1 if last else ceil_div(constants['V'], constants['BV'])
         length = run_length(n, batch * heads * blocks, self.tensors[0].device)

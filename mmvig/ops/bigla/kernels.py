@@ -204,6 +204,12 @@ def running_sum(table, x, MODE: tl.constexpr):
 
 
 @triton.jit
+def at(p, i_b, i_h, s_b, s_h, UNIT: tl.constexpr):
+    """Where head i_h of image i_b starts."""
+    return p + (i_b.to(tl.int64) * s_b + i_h.to(tl.int64) * s_h) * UNIT
+
+
+@triton.jit
 def load_tile(
     p, i_c, i_d, N, s_n, other, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr
 ):
@@ -289,28 +295,28 @@ def store_sum(p_sum, x, i, row: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
 
 
 @triton.jit
-def any_strong(p_sum, i, n, every, K: tl.constexpr, BK: tl.constexpr, COUNT: tl.constexpr):
+def any_strong(p_sum, i, n, n_sums, K: tl.constexpr, BK: tl.constexpr, COUNT: tl.constexpr):
     """Whether a channel of chunks i .. i + min(n, COUNT) - 1 decays by more than SPAN binary orders."""
     o_k = tl.arange(0, BK)[None, :]
     o_c = tl.arange(0, COUNT)[:, None]
     p_sum += (i + o_c) * K + o_k
     mask = (o_c < n) & (o_k < K)
     both = tl.minimum(
-        tl.load(p_sum, mask=mask, other=0.0), tl.load(p_sum + every * K, mask=mask, other=0.0)
+        tl.load(p_sum, mask=mask, other=0.0), tl.load(p_sum + n_sums * K, mask=mask, other=0.0)
     )
     return tl.min(both) < -SPAN
 
 
 # Integers that differ from call to call: Triton must not compile a kernel for their values.
 INTS = [
-    *['N', 'H', 'CH', 'NS', 'n_states', 'n_chunks'],
-    *(f's_{x}{axis}' for x in ('q', 'k', 'v', 'f', 'b', 'o', 'dq', 'dk', 'df', 'db') for axis in 'bnh'),
+    *['N', 'H', 'CH', 'NS', 'n_states', 'n_sums', 'n_chunks'],
+    *(f's_{x}{axis}' for x in [*'qkvfbo', 'dq', 'dk', 'dv', 'df', 'db'] for axis in 'bnh'),
 ]
 
 
 @triton.jit(do_not_specialize=INTS)
 def states_kernel(
-    p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_sum, p_table, N, H, n_states,
+    p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_sum, p_table, N, H, n_states, n_sums,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
     s_oh, CH, scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -327,18 +333,17 @@ def states_kernel(
         s_bb, s_bn, s_bh = s_fb, s_fn, s_fh
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(1) % NV
-    i_h = (tl.program_id(1) // NV).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
+    i_h = tl.program_id(1) // NV
+    i_b = tl.program_id(2)
     i_bh = i_b * H + i_h
     n_chunks = tl.cdiv(N, BT)
     n_segments = tl.cdiv(n_chunks, NC)
-    every = tl.num_programs(2).to(tl.int64) * H * n_chunks
-    p_q += (i_b * s_qb + i_h * s_qh) * UNIT
-    p_k += (i_b * s_kb + i_h * s_kh) * UNIT
-    p_v += (i_b * s_vb + i_h * s_vh) * UNIT
-    p_f += (i_b * s_fb + i_h * s_fh) * UNIT
-    p_b += (i_b * s_bb + i_h * s_bh) * UNIT
-    p_o += (i_b * s_ob + i_h * s_oh) * UNIT
+    p_q = at(p_q, i_b, i_h, s_qb, s_qh, UNIT)
+    p_k = at(p_k, i_b, i_h, s_kb, s_kh, UNIT)
+    p_v = at(p_v, i_b, i_h, s_vb, s_vh, UNIT)
+    p_f = at(p_f, i_b, i_h, s_fb, s_fh, UNIT)
+    p_b = at(p_b, i_b, i_h, s_bb, s_bh, UNIT)
+    p_o = at(p_o, i_b, i_h, s_ob, s_oh, UNIT)
     p_sum += i_bh * n_chunks * K
     row = tl.arange(0, BT)[:, None]
     nothing = tl.zeros((BK, BV), tl.float32)
@@ -367,7 +372,7 @@ def states_kernel(
             if i_v == 0:  # noqa: SIM102  the two do not combine: Triton has no lazy `and`
                 if i_c < n_chunks:
                     store_sum(p_sum, cf, i_c, BT - 1, K, BT, BK)
-                    store_sum(p_sum, cb, every + i_c, 0, K, BT, BK)
+                    store_sum(p_sum, cb, n_sums + i_c, 0, K, BT, BK)
             kf = k * tl.exp2(tl.where(row == BT - 1, 0.0, cf))  # decay from the token to the chunk's end
             kb = k * tl.exp2(tl.where(row == 0, 0.0, cb))
             if NC == 1:
@@ -403,7 +408,7 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=INTS)
 def walk_kernel(
-    p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_sum, p_table, N, H, n_states,
+    p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_sum, p_table, N, H, n_states, n_sums,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
     s_oh, scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -419,31 +424,30 @@ def walk_kernel(
     NV: tl.constexpr = (V + BV - 1) // BV
     i_z = tl.program_id(0)
     i_v = tl.program_id(1) % NV
-    i_h = (tl.program_id(1) // NV).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
+    i_h = tl.program_id(1) // NV
+    i_b = tl.program_id(2)
     i_bh = i_b * H + i_h
     n_chunks = tl.cdiv(N, BT)
     reverse = (i_z == 1) | (i_z == 2)
     of_keys = i_z < 2
     if of_keys:
-        p_x = p_k + (i_b * s_kb + i_h * s_kh) * UNIT
-        p_y = p_v + (i_b * s_vb + i_h * s_vh) * UNIT
+        p_x = at(p_k, i_b, i_h, s_kb, s_kh, UNIT)
+        p_y = at(p_v, i_b, i_h, s_vb, s_vh, UNIT)
         s_x, s_y = s_kn, s_vn
     else:
-        p_x = p_q + (i_b * s_qb + i_h * s_qh) * UNIT
-        p_y = p_o + (i_b * s_ob + i_h * s_oh) * UNIT
+        p_x = at(p_q, i_b, i_h, s_qb, s_qh, UNIT)
+        p_y = at(p_o, i_b, i_h, s_ob, s_oh, UNIT)
         s_x, s_y = s_qn, s_on
     if i_z % 2 == 0:
-        p_g = p_f + (i_b * s_fb + i_h * s_fh) * UNIT
+        p_g = at(p_f, i_b, i_h, s_fb, s_fh, UNIT)
         s_g = s_fn
     else:
-        p_g = p_b + (i_b * s_bb + i_h * s_bh) * UNIT
+        p_g = at(p_b, i_b, i_h, s_bb, s_bh, UNIT)
         s_g = s_bn
     # AFTER, BEFORE, UP_TO, FROM: how far a token's part is from where the state leaves the chunk.
     i_table = tl.where(of_keys, i_z + AFTER, tl.where(i_z == 2, UP_TO, FROM))
     table = load_table(p_table + i_table * BT * BT, 0, BT)
-    every = tl.num_programs(2).to(tl.int64) * H * n_chunks
-    p_sum += (i_z % 2 * every + i_bh * n_chunks) * K
+    p_sum += (i_z % 2 * n_sums + i_bh * n_chunks) * K
     i_state = i_z * n_states.to(tl.int64) + i_bh * n_chunks
     o_k = tl.arange(0, BK)
     row = tl.arange(0, BT)[:, None]
@@ -493,46 +497,54 @@ def join_before(decay_a, state_a, part_a, before_a, decay_b, state_b, part_b, be
 def scan_kernel(
     p_state, p_sum, NS, n_states, n_chunks,
     K: tl.constexpr, V: tl.constexpr, NC: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
-    BV: tl.constexpr,
+    ROWS: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Turn what each segment adds to a state into the state that leaves it, in place; one row a program.
+    """Turn what each segment adds to a state into the state that leaves it, in place; ROWS rows a program.
 
     States 0 and 3 run from the first segment to the last, 1 and 2 the other way; 0 and 2 with the forward
-    decay. BW runs of BR segments at once: a run is summed in one thread's registers.
+    decay. BW runs of BR segments at once: a run is summed in one thread's registers. The loads of the next
+    AHEAD - 1 such blocks are under way meanwhile.
     """
     i_bh = tl.program_id(0).to(tl.int64)
-    i_k = tl.program_id(1)
+    i_k = tl.program_id(1) * ROWS
     i_z = tl.program_id(2)
     reverse = (i_z == 1) | (i_z == 2)
     PAIR: tl.constexpr = 2 if V % 2 == 0 else 1
     o_w = tl.arange(0, BW)
     o_r = tl.arange(0, BR)
+    o_k = tl.arange(0, ROWS)
     o_v = tl.arange(0, BV)
     p_state += (i_z * n_states.to(tl.int64) + i_bh * NS) * (K * V) + i_k * V
     p_sum += ((i_z % 2) * tl.num_programs(0).to(tl.int64) + i_bh) * n_chunks * K + i_k
-    carry = tl.zeros((BV,), tl.float32)
-    for i in range(0, NS, BW * BR):
+    of_row = (o_k * V)[:, None] + o_v[None, :]
+    there = (i_k + o_k < K)[:, None] & (o_v < V)[None, :]
+    carry = tl.zeros((ROWS, BV), tl.float32)
+    for i in tl.range(0, NS, BW * BR, num_stages=AHEAD):
         o_s = i + o_w[:, None] * BR + o_r[None, :]
         m = o_s < NS
         o_s = tl.where(reverse, NS - 1 - o_s, o_s)
-        off = o_s[:, :, None].to(tl.int64) * (K * V) + o_v[None, None, :]
-        off = tl.max_contiguous(tl.multiple_of(off, (1, 1, PAIR)), (1, 1, PAIR))
-        m3 = m[:, :, None] & (o_v < V)[None, None, :]
-        state = tl.load(p_state + off, mask=m3, other=0.0).to(tl.float32)
-        decay = tl.load(p_sum + o_s * (NC * K), mask=m, other=0.0)
+        off = o_s[:, :, None, None].to(tl.int64) * (K * V) + of_row[None, None, :, :]
+        if BV != V or ROWS == 1:
+            off = tl.max_contiguous(tl.multiple_of(off, (1, 1, 1, PAIR)), (1, 1, 1, PAIR))
+        mask = m[:, :, None, None] & there[None, None, :, :]
+        state = tl.load(p_state + off, mask=mask, other=0.0).to(tl.float32)
+        o_s = o_s[:, :, None]
+        m = m[:, :, None] & (i_k + o_k < K)[None, None, :]
+        of_sum = p_sum + o_k[None, None, :]
+        decay = tl.load(of_sum + o_s * (NC * K), mask=m, other=0.0)
         for j in tl.static_range(1, NC):
-            decay += tl.load(p_sum + (o_s * NC + j) * K, mask=m & (o_s * NC + j < n_chunks), other=0.0)
-        decay = tl.broadcast_to(tl.exp2(decay)[:, :, None], (BW, BR, BV))
+            decay += tl.load(of_sum + (o_s * NC + j) * K, mask=m & (o_s * NC + j < n_chunks), other=0.0)
+        decay = tl.broadcast_to(tl.exp2(decay)[:, :, :, None], (BW, BR, ROWS, BV))
         decay, state = tl.associative_scan((decay, state), 1, join)
-        last = (o_r == BR - 1)[None, :, None]
-        d = tl.sum(tl.where(last, decay, 0.0), 1)  # [BW, BV]
+        last = (o_r == BR - 1)[None, :, None, None]
+        d = tl.sum(tl.where(last, decay, 0.0), 1)  # [BW, ROWS, BV]
         s = tl.sum(tl.where(last, state, 0.0), 1)
         d, s, part, before = tl.associative_scan(
-            (d, s, tl.full((BW, BV), 1.0, tl.float32), tl.zeros_like(s)), 0, join_before
+            (d, s, tl.full((BW, ROWS, BV), 1.0, tl.float32), tl.zeros_like(s)), 0, join_before
         )
-        state += decay * (part * carry[None, :] + before)[:, None, :]
-        tl.store(p_state + off, state.to(p_state.dtype.element_ty), mask=m3)
-        carry = tl.sum(tl.where((o_w == BW - 1)[:, None], d * carry[None, :] + s, 0.0), 0)
+        state += decay * (part * carry[None, :, :] + before)[:, None, :, :]
+        tl.store(p_state + off, state.to(p_state.dtype.element_ty), mask=mask)
+        carry = tl.sum(tl.where((o_w == BW - 1)[:, None, None], d * carry[None, :, :] + s, 0.0), 0)
 
 
 @triton.jit
@@ -654,124 +666,137 @@ def state_after(
     return product(tl.trans(k), v, tl.exp2(tl.sum(c, 0))[:, None] * state, MODE)
 
 
+@triton.jit
+def chunk_pairs(
+    x, y, lf, lb, table, BT: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, SWAP: tl.constexpr,
+    STRONG: tl.constexpr,
+):  # fmt: skip
+    """Products of queries x with decayed keys y (SWAP: keys x with queries) of both directions, [x, y].
+
+    And x, decayed to where either direction's state enters (STRONG) or to the chunk's middle, and the log2
+    decays [BT, BK] from there, which the latter are made of.
+    """
+    SHUFFLE: tl.constexpr = PAIR_MODE == 'tf32' and not STRONG
+    SPLIT: tl.constexpr = MODE == 'tf32'  # float16 has as many digits as tf32
+    y = tf32_ready(y, PAIR_MODE)
+    if not SPLIT:
+        x = tf32_ready(x, PAIR_MODE)
+    if STRONG:
+        uf, ub = lf, lb  # not used
+        a = pairs_by_levels(x, y, lf, lb, BT, PAIR_MODE, SPLIT, SWAP)
+        in_f, out_f = decay_to_ends(lf, BT, False)
+        in_b, out_b = decay_to_ends(lb, BT, True)
+        if SWAP:
+            in_f, in_b = out_f, out_b
+        xf = x * in_f
+        xb = x * in_b
+    else:
+        uf = tile_sum(table, lf, MODE)
+        ub = tile_sum(tl.trans(table), lb, MODE)
+        if SWAP:
+            xf, yf = x * exp2_minus(uf), y * tl.exp2(uf)
+            xb, yb = x * exp2_minus(ub), y * tl.exp2(ub)
+        else:
+            xf, yf = x * tl.exp2(uf), y * exp2_minus(uf)
+            xb, yb = x * tl.exp2(ub), y * exp2_minus(ub)
+        if SHUFFLE:
+            xf, yf, xb, yb = shuffled(xf), shuffled(yf), shuffled(xb), shuffled(yb)
+        a = directions(pairs(xf, yf, PAIR_MODE, SPLIT), pairs(xb, yb, PAIR_MODE, SPLIT), BT, SWAP)
+    if SPLIT:
+        xf, xb = tf32_ready(xf, PAIR_MODE), tf32_ready(xb, PAIR_MODE)
+    return tf32_ready(a, MODE), xf, xb, uf, ub
+
+
 @triton.jit(do_not_specialize=INTS)
 def output_kernel(
-    p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_sum, p_table, N, H, n_states,
+    p_q, p_k, p_v, p_f, p_b, p_o, p_state, p_sum, p_table, N, H, n_states, n_sums,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
     s_oh, CH, scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, NC: tl.constexpr,
-    ALONE: tl.constexpr, SWAP: tl.constexpr, STRONG: tl.constexpr, GROUP: tl.constexpr,
+    ALONE: tl.constexpr, STRONG: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """o_t = the pairs within t's chunk + q_t decayed to the chunk's ends . the two states that enter it.
 
-    SWAP: queries and keys change places, v is do and o is dv. NC > 1: the states that enter the segment are
-    carried on to the chunk. ALONE: each sequence is one chunk, which no state enters, and p_sum is written
-    here. STRONG: for any gates, and only chunks whose gates need it; CH is GROUP.
+    NC > 1: the states that enter the segment are carried on to the chunk. ALONE: each sequence is one
+    chunk, which no state enters, and p_sum is written here. STRONG: for any gates, and only chunks whose
+    gates need it; a program looks through GROUP (and CH) chunks of all sequences, the grid is (groups,
+    blocks of V).
     """
     if SAME:
         s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
         s_bb, s_bn, s_bh = s_fb, s_fn, s_fh
     EXACT: tl.constexpr = MODE == 'tf32x3'
     SHUFFLE: tl.constexpr = PAIR_MODE == 'tf32' and not STRONG
-    SPLIT: tl.constexpr = MODE == 'tf32'  # float16 has as many digits as tf32
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(1) % NV
-    i_h = (tl.program_id(1) // NV).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    i_bh = i_b * H + i_h
     n_chunks = tl.cdiv(N, BT)
     n_segments = tl.cdiv(n_chunks, NC)
-    every = tl.num_programs(2).to(tl.int64) * H * n_chunks
-    p_q += (i_b * s_qb + i_h * s_qh) * UNIT
-    p_k += (i_b * s_kb + i_h * s_kh) * UNIT
-    p_v += (i_b * s_vb + i_h * s_vh) * UNIT
-    p_f += (i_b * s_fb + i_h * s_fh) * UNIT
-    p_b += (i_b * s_bb + i_h * s_bh) * UNIT
-    p_o += (i_b * s_ob + i_h * s_oh) * UNIT
-    p_sum += i_bh * n_chunks * K
-    if not STRONG:
-        table = load_table(p_table, BALANCED, BT)
-    first = tl.program_id(0) * CH
-    end = tl.minimum(first + CH, n_chunks)
-    if STRONG and not EXACT:  # noqa: SIM102  the first is known when this is compiled
-        if not any_strong(p_sum, first, end - first, every, K, BK, GROUP):
-            end = first
-    for i_c in range(first, end):
+    table = load_table(p_table, BALANCED, BT)
+    if STRONG:
+        first = tl.program_id(0) * CH
+        end = tl.minimum(first + CH, n_sums)
+        if not EXACT:  # noqa: SIM102  the first is known when this is compiled
+            if not any_strong(p_sum, first, end - first, n_sums, K, BK, GROUP):
+                end = first
+    else:
+        i_h = tl.program_id(1) // NV
+        i_b = tl.program_id(2)
+        i_bh = i_b * H + i_h
+        first = i_bh * n_chunks + tl.program_id(0) * CH
+        end = tl.minimum(first + CH, (i_bh + 1) * n_chunks)
+    for j in range(0, end - first):
+        i = first + j
         wanted = True
         if STRONG and not EXACT:
-            wanted = any_strong(p_sum, i_c, 1, every, K, BK, 1)
+            wanted = any_strong(p_sum, i, 1, n_sums, K, BK, 1)
         if wanted:
+            if STRONG:
+                i_bh = i // n_chunks
+                i_b = i_bh // H
+                i_h = i_bh % H
+            i_c = i - i_bh * n_chunks
+            q_at = at(p_q, i_b, i_h, s_qb, s_qh, UNIT)
+            k_at = at(p_k, i_b, i_h, s_kb, s_kh, UNIT)
+            v_at = at(p_v, i_b, i_h, s_vb, s_vh, UNIT)
+            f_at = at(p_f, i_b, i_h, s_fb, s_fh, UNIT)
+            b_at = at(p_b, i_b, i_h, s_bb, s_bh, UNIT)
             if not ALONE:
-                # What enters: 0 from the left, 1 from the right; SWAP: 2 from the right, 3 from the left.
                 i_s = i_c // NC
                 i_state = i_bh * n_segments + i_s
                 left = i_s > 0
                 right = i_s < n_segments - 1
-                if SWAP:
-                    fwd = load_state(p_state, n_states * 2 + i_state + 1, right, i_v, K, V, BK, BV, SHUFFLE)
-                    bwd = load_state(p_state, n_states * 3 + i_state - 1, left, i_v, K, V, BK, BV, SHUFFLE)
-                else:
-                    fwd = load_state(p_state, i_state - 1, left, i_v, K, V, BK, BV, SHUFFLE)
-                    bwd = load_state(p_state, n_states + i_state + 1, right, i_v, K, V, BK, BV, SHUFFLE)
+                fwd = load_state(p_state, i_state - 1, left, i_v, K, V, BK, BV, SHUFFLE)
+                bwd = load_state(p_state, n_states + i_state + 1, right, i_v, K, V, BK, BV, SHUFFLE)
                 if not STRONG:
-                    half_f = load_half_decay(p_sum, i_c, K, BK, SHUFFLE)
-                    half_b = load_half_decay(p_sum, every + i_c, K, BK, SHUFFLE)
-            lf, _ = load_gates(p_f, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
-            lb, _ = load_gates(p_b, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
-            q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-            k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-            v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
-            q *= scale
-            lf *= inv
-            lb *= inv
-            if SWAP:
-                x, y = k, q
-            else:
-                x, y = q, k
-            y = tf32_ready(y, PAIR_MODE)
-            if not SPLIT:
-                x = tf32_ready(x, PAIR_MODE)
-            if STRONG:
-                a = pairs_by_levels(x, y, lf, lb, BT, PAIR_MODE, SPLIT, SWAP)
-                in_f, out_f = decay_to_ends(lf, BT, False)
-                in_b, out_b = decay_to_ends(lb, BT, True)
-                if SWAP:
-                    in_f, in_b = out_f, out_b
-                xf = x * in_f
-                xb = x * in_b
-            else:
-                uf = tile_sum(table, lf, MODE)  # decays from the chunk's middle to the token
-                ub = tile_sum(tl.trans(table), lb, MODE)
-                if ALONE:  # noqa: SIM102  the first is known when this is compiled
-                    if i_v == 0:
-                        store_sum(p_sum, 2 * uf, i_c, BT - 1, K, BT, BK)
-                        store_sum(p_sum, 2 * ub, every + i_c, 0, K, BT, BK)
-                if SWAP:
-                    xf, yf = x * exp2_minus(uf), y * tl.exp2(uf)
-                    xb, yb = x * exp2_minus(ub), y * tl.exp2(ub)
-                else:
-                    xf, yf = x * tl.exp2(uf), y * exp2_minus(uf)
-                    xb, yb = x * tl.exp2(ub), y * exp2_minus(ub)
-                if SHUFFLE:
-                    xf, yf, xb, yb = shuffled(xf), shuffled(yf), shuffled(xb), shuffled(yb)
-                af, ab = pairs(xf, yf, PAIR_MODE, SPLIT), pairs(xb, yb, PAIR_MODE, SPLIT)
-                a = directions(af, ab, BT, SWAP)
-            if SPLIT:
-                xf, xb = tf32_ready(xf, PAIR_MODE), tf32_ready(xb, PAIR_MODE)
-            o = product(tf32_ready(a, MODE), v, tl.zeros((BT, BV), tl.float32), MODE)
+                    half_f = load_half_decay(p_sum, i, K, BK, SHUFFLE)
+                    half_b = load_half_decay(p_sum, n_sums + i, K, BK, SHUFFLE)
+            lf, _ = load_gates(f_at, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
+            lb, _ = load_gates(b_at, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
+            q = load_tile(q_at, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+            k = load_tile(k_at, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+            v = load_tile(v_at, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+            a, qf, qb, uf, ub = chunk_pairs(
+                q * scale, k, lf * inv, lb * inv, table, BT, MODE, PAIR_MODE, False, STRONG
+            )
+            if ALONE and not STRONG:  # noqa: SIM102  the first is known when this is compiled
+                if i_v == 0:
+                    store_sum(p_sum, 2 * uf, i, BT - 1, K, BT, BK)
+                    store_sum(p_sum, 2 * ub, n_sums + i, 0, K, BT, BK)
+            o = product(a, v, tl.zeros((BT, BV), tl.float32), MODE)
             if not ALONE:
                 if NC > 1:
                     fwd, bwd = states_at(
-                        fwd, bwd, i_c, i_v, p_k, p_v, p_f, p_b, p_table, N, s_kn, s_vn, s_fn, s_bn, inv, K,
-                        V, BT, BK, BV, UNIT, MODE, NC, SHUFFLE,
+                        fwd, bwd, i_c, i_v, k_at, v_at, f_at, b_at, p_table, N, s_kn, s_vn, s_fn, s_bn, inv,
+                        K, V, BT, BK, BV, UNIT, MODE, NC, SHUFFLE,
                     )  # fmt: skip
                 if not STRONG:
                     fwd *= half_f[:, None]
                     bwd *= half_b[:, None]
-                o = product(xf, tf32_ready(fwd, PAIR_MODE), o, PAIR_MODE)
-                o = product(xb, tf32_ready(bwd, PAIR_MODE), o, PAIR_MODE)
-            store_tile(p_o, o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
+                o = product(qf, tf32_ready(fwd, PAIR_MODE), o, PAIR_MODE)
+                o = product(qb, tf32_ready(bwd, PAIR_MODE), o, PAIR_MODE)
+            o_at = at(p_o, i_b, i_h, s_ob, s_oh, UNIT)
+            store_tile(o_at, o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
 
 
 @triton.jit
@@ -849,70 +874,20 @@ def direction_gradients(
     return dq, dk
 
 
-@triton.jit
-def gradient_chunk(
-    i_c, i_bh, every, n_chunks, p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, p_sum,
-    p_table, p_up_to, p_mask, N, n_states, s_qn, s_kn, s_vn, s_fn, s_bn, s_on, s_dqn, s_dkn, s_dfn, s_dbn,
-    scale, inv,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    UNIT: tl.constexpr, MODE: tl.constexpr, STRONG: tl.constexpr,
-):  # fmt: skip
-    """dq, dk and both gates' gradients of one chunk."""
-    table = load_table(p_table, BALANCED, BT)
-    up_to = load_table(p_up_to, 0, BT)
-    da = tl.zeros((BT, BT), tl.float32)
-    da_t = tl.zeros((BT, BT), tl.float32)
-    for i_v in range((V + BV - 1) // BV):
-        v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
-        do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
-        da = product(do, tl.trans(v), da, MODE)
-        if STRONG:
-            da_t = product(v, tl.trans(do), da_t, MODE)
-    # A token's own pair counts in both directions, and no gate has a part in it.
-    o = tl.arange(0, BT)
-    twice = 2 * tl.sum(tl.where(o[:, None] == o[None, :], da, 0.0), 1)[:, None]
-    if STRONG:
-        da, da_low = tf32_ready(da, MODE), da  # the last is not used
-        da_t = tf32_ready(da_t, MODE)
-    else:
-        da, da_low = split(da, MODE)
-    q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-    k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-    q *= scale
-    dq = twice * k
-    dk = twice * q
-    if not STRONG:
-        q = nudged(q, MODE)
-        k = nudged(k, MODE)
-    i_state = i_bh * n_chunks + i_c
-    left, right = i_c > 0, i_c < n_chunks - 1
-    dq, dk = direction_gradients(
-        q, k, dq, dk, da, da_low, da_t, p_v, p_o, p_f, p_df, p_state, p_sum, table, up_to, p_mask, i_c,
-        i_c, i_state - 1, left, n_states * 2 + i_state + 1, right, N, s_vn, s_on, s_fn, s_dfn, inv,
-        K, V, BT, BK, BV, UNIT, MODE, False, STRONG,
-    )  # fmt: skip
-    dq, dk = direction_gradients(
-        q, k, dq, dk, da, da_low, da_t, p_v, p_o, p_b, p_db, p_state, p_sum, table, up_to, p_mask, i_c,
-        every + i_c, n_states + i_state + 1, right, n_states * 3 + i_state - 1, left, N, s_vn, s_on, s_bn,
-        s_dbn, inv, K, V, BT, BK, BV, UNIT, MODE, True, STRONG,
-    )  # fmt: skip
-    store_tile(p_dq, dq * scale, i_c, 0, N, s_dqn, K, BT, BK, UNIT)
-    store_tile(p_dk, dk, i_c, 0, N, s_dkn, K, BT, BK, UNIT)
-
-
 @triton.jit(do_not_specialize=INTS)
 def gradient_kernel(
-    p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state, p_sum, p_table, p_up_to, p_mask, N, H,
-    n_states,
+    p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_dv, p_df, p_db, p_state, p_sum, p_table, p_up_to, p_mask, N,
+    H, n_states,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
-    s_oh, s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dfb, s_dfn, s_dfh, s_dbb, s_dbn, s_dbh, CH, scale,
-    inv,
+    s_oh, s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dvb, s_dvn, s_dvh, s_dfb, s_dfn, s_dfh, s_dbb, s_dbn,
+    s_dbh, CH, scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, STRONG: tl.constexpr, GROUP: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr,
+    STRONG: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and both gates' gradients from the inputs, do and the entering states.
+    """All gradients from the inputs, do and the entering states.
 
-    STRONG: for any gates, and only chunks whose gates need it; CH is GROUP.
+    STRONG: as in output_kernel.
     """
     if SAME:
         s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
@@ -922,34 +897,91 @@ def gradient_kernel(
         s_dfb, s_dfn, s_dfh = s_fb, s_fn, s_fh
         s_dbb, s_dbn, s_dbh = s_fb, s_fn, s_fh
     EXACT: tl.constexpr = MODE == 'tf32x3'
-    i_h = tl.program_id(1).to(tl.int64)
-    i_b = tl.program_id(2).to(tl.int64)
-    i_bh = i_b * H + i_h
+    SHUFFLE: tl.constexpr = PAIR_MODE == 'tf32' and not STRONG
     n_chunks = tl.cdiv(N, BT)
-    every = tl.num_programs(2).to(tl.int64) * H * n_chunks
-    p_q += (i_b * s_qb + i_h * s_qh) * UNIT
-    p_k += (i_b * s_kb + i_h * s_kh) * UNIT
-    p_v += (i_b * s_vb + i_h * s_vh) * UNIT
-    p_f += (i_b * s_fb + i_h * s_fh) * UNIT
-    p_b += (i_b * s_bb + i_h * s_bh) * UNIT
-    p_o += (i_b * s_ob + i_h * s_oh) * UNIT
-    p_dq += (i_b * s_dqb + i_h * s_dqh) * UNIT
-    p_dk += (i_b * s_dkb + i_h * s_dkh) * UNIT
-    p_df += (i_b * s_dfb + i_h * s_dfh) * UNIT
-    p_db += (i_b * s_dbb + i_h * s_dbh) * UNIT
-    p_sum += i_bh * n_chunks * K
-    first = tl.program_id(0) * CH
-    end = tl.minimum(first + CH, n_chunks)
-    if STRONG and not EXACT:  # noqa: SIM102  the first is known when this is compiled
-        if not any_strong(p_sum, first, end - first, every, K, BK, GROUP):
-            end = first
-    for i_c in range(first, end):
+    table = load_table(p_table, BALANCED, BT)
+    up_to = load_table(p_up_to, 0, BT)
+    if STRONG:
+        first = tl.program_id(0) * CH
+        end = tl.minimum(first + CH, n_states)
+        if not EXACT:  # noqa: SIM102  the first is known when this is compiled
+            if not any_strong(p_sum, first, end - first, n_states, K, BK, GROUP):
+                end = first
+    else:
+        i_h = tl.program_id(1)
+        i_b = tl.program_id(2)
+        i_bh = i_b * H + i_h
+        first = i_bh * n_chunks + tl.program_id(0) * CH
+        end = tl.minimum(first + CH, (i_bh + 1) * n_chunks)
+    for j in range(0, end - first):
+        i = first + j
         wanted = True
         if STRONG and not EXACT:
-            wanted = any_strong(p_sum, i_c, 1, every, K, BK, 1)
+            wanted = any_strong(p_sum, i, 1, n_states, K, BK, 1)
         if wanted:
-            gradient_chunk(
-                i_c, i_bh, every, n_chunks, p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_df, p_db, p_state,
-                p_sum, p_table, p_up_to, p_mask, N, n_states, s_qn, s_kn, s_vn, s_fn, s_bn, s_on, s_dqn,
-                s_dkn, s_dfn, s_dbn, scale, inv, K, V, BT, BK, BV, UNIT, MODE, STRONG,
+            if STRONG:
+                i_bh = i // n_chunks
+                i_b = i_bh // H
+                i_h = i_bh % H
+            i_c = i - i_bh * n_chunks
+            v_at = at(p_v, i_b, i_h, s_vb, s_vh, UNIT)
+            o_at = at(p_o, i_b, i_h, s_ob, s_oh, UNIT)
+            f_at = at(p_f, i_b, i_h, s_fb, s_fh, UNIT)
+            b_at = at(p_b, i_b, i_h, s_bb, s_bh, UNIT)
+            left, right = i_c > 0, i_c < n_chunks - 1
+            q = load_tile(at(p_q, i_b, i_h, s_qb, s_qh, UNIT), i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT)
+            k = load_tile(at(p_k, i_b, i_h, s_kb, s_kh, UNIT), i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT)
+            q = q.to(tl.float32) * scale
+            k = k.to(tl.float32)
+
+            lf, _ = load_gates(f_at, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
+            lb, _ = load_gates(b_at, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
+            a, kf, kb, _, _ = chunk_pairs(
+                k, q, lf * inv, lb * inv, table, BT, MODE, PAIR_MODE, True, STRONG
+            )
+            da = tl.zeros((BT, BT), tl.float32)
+            da_t = tl.zeros((BT, BT), tl.float32)
+            for i_v in range((V + BV - 1) // BV):
+                v = load_tile(v_at, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+                do = load_tile(o_at, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
+                da = product(do, tl.trans(v), da, MODE)
+                if STRONG:
+                    da_t = product(v, tl.trans(do), da_t, MODE)
+                fwd = load_state(p_state, n_states * 2 + i + 1, right, i_v, K, V, BK, BV, SHUFFLE)
+                bwd = load_state(p_state, n_states * 3 + i - 1, left, i_v, K, V, BK, BV, SHUFFLE)
+                if not STRONG:
+                    fwd *= load_half_decay(p_sum, i, K, BK, SHUFFLE)[:, None]
+                    bwd *= load_half_decay(p_sum, n_states + i, K, BK, SHUFFLE)[:, None]
+                dv = product(a, do, tl.zeros((BT, BV), tl.float32), MODE)
+                dv = product(kf, tf32_ready(fwd, PAIR_MODE), dv, PAIR_MODE)
+                dv = product(kb, tf32_ready(bwd, PAIR_MODE), dv, PAIR_MODE)
+                dv_at = at(p_dv, i_b, i_h, s_dvb, s_dvh, UNIT)
+                store_tile(dv_at, dv, i_c, i_v, N, s_dvn, V, BT, BV, UNIT)
+
+            # A token's own pair counts in both directions, and no gate has a part in it.
+            o = tl.arange(0, BT)
+            twice = 2 * tl.sum(tl.where(o[:, None] == o[None, :], da, 0.0), 1)[:, None]
+            dq = twice * k
+            dk = twice * q
+            if STRONG:
+                da, da_low = tf32_ready(da, MODE), da  # the last is not used
+                da_t = tf32_ready(da_t, MODE)
+            else:
+                da, da_low = split(da, MODE)
+                q = nudged(q, MODE)
+                k = nudged(k, MODE)
+            dq, dk = direction_gradients(
+                q, k, dq, dk, da, da_low, da_t, v_at, o_at, f_at, at(p_df, i_b, i_h, s_dfb, s_dfh, UNIT),
+                p_state, p_sum, table, up_to, p_mask, i_c, i, i - 1, left, n_states * 2 + i + 1, right, N,
+                s_vn, s_on, s_fn, s_dfn, inv, K, V, BT, BK, BV, UNIT, MODE, False, STRONG,
             )  # fmt: skip
+            dq, dk = direction_gradients(
+                q, k, dq, dk, da, da_low, da_t, v_at, o_at, b_at, at(p_db, i_b, i_h, s_dbb, s_dbh, UNIT),
+                p_state, p_sum, table, up_to, p_mask, i_c, n_states + i, n_states + i + 1, right,
+                n_states * 3 + i - 1, left, N, s_vn, s_on, s_bn, s_dbn, inv, K, V, BT, BK, BV, UNIT, MODE,
+                True, STRONG,
+            )  # fmt: skip
+            dq_at = at(p_dq, i_b, i_h, s_dqb, s_dqh, UNIT)
+            dk_at = at(p_dk, i_b, i_h, s_dkb, s_dkh, UNIT)
+            store_tile(dq_at, dq * scale, i_c, 0, N, s_dqn, K, BT, BK, UNIT)
+            store_tile(dk_at, dk, i_c, 0, N, s_dkn, K, BT, BK, UNIT)

@@ -32,7 +32,7 @@ MAX_CHUNK_SPAN = 2**31
 def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     """Block sizes and precisions for one (K, V, dtype), fixed so that nothing is tuned at run time.
 
-    K = 16 is tuned on an H200, K = 32 only timed there, other widths only known to be right.
+    K = 16 and 32 are tuned on an H200, other widths only known to be right.
     """
     block_k = max(16, triton.next_power_of_2(key_dim))
     block_v = max(16, triton.next_power_of_2(value_dim))
@@ -42,47 +42,55 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     block_v = min(block_v, 64 if block_k <= 64 else 32)
     mode = {torch.bfloat16: 'bf16', torch.float16: 'tf32', torch.float32: 'tf32x3'}[dtype]
     state_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-    # As many chunks a segment as keep its two states within a fifth of its inputs.
+    # As many chunks a segment as keep its two states within 2/5 of its inputs.
     state_bytes = 2 * key_dim * value_dim * state_dtype.itemsize
     chunk_bytes = (4 * key_dim + value_dim) * dtype.itemsize * block_t
     chunks = 1
-    while chunks < 8 and state_bytes > 0.2 * chunk_bytes * chunks:
+    while chunks < 8 and state_bytes > 0.4 * chunk_bytes * chunks:
         chunks *= 2
     blocks = {'K': key_dim, 'V': value_dim, 'BT': block_t, 'BK': block_k, 'BV': block_v, 'MODE': mode}
     # With chunks of 64, two warps of the gradients' kernel spill registers.
     back = {**blocks, 'BT': min(block_t, 32)}
     pair_mode = 'tf32x3' if dtype == torch.float32 else 'tf32'
-    # Warps and stages of loads of each kernel.
+    # Warps, stages of loads, and the most registers of each kernel.
     if block_k == 16:
         warps = {
             'states': (1, 2),
             'walk': (2, 3),
-            'output': (4, 3) if mode == 'bf16' and block_v <= 32 else (2, 2),
-            'dv': (1, 2),
+            'short_walk': (1, 2, 128),
+            'output': (4, 3, 160) if mode == 'bf16' and block_v <= 32 else (2, 2),
             'gradient': (2, 2),
         }
     elif block_k == 32:
-        # Two warps: with four, Triton 3.6 makes kernels that read wrong addresses on Hopper.
-        warps = {'states': (2, 1), 'walk': (2, 2), 'output': (2, 1), 'dv': (2, 2), 'gradient': (2, 1)}
+        warps = {
+            'states': (4, 1),
+            'walk': (2, 2),
+            'short_walk': (2, 2),
+            'output': (4, 2),
+            'gradient': (2, 1),
+        }
     else:
-        warps = dict.fromkeys(('states', 'walk', 'output', 'dv', 'gradient'), (4, 1))
+        warps = dict.fromkeys(('states', 'walk', 'short_walk', 'output', 'gradient'), (4, 1))
     warps = {
-        name: dict(zip(('num_warps', 'num_stages'), pair, strict=True)) for name, pair in warps.items()
+        name: dict(zip(('num_warps', 'num_stages', 'maxnreg'), numbers, strict=False))
+        for name, numbers in warps.items()
     }
     both = {
         'output': {**blocks, 'PAIR_MODE': pair_mode, **warps['output']},
-        'dv': {**back, 'PAIR_MODE': pair_mode, **warps['dv']},
-        'gradient': {**back, **warps['gradient']},
+        'gradient': {**back, 'PAIR_MODE': pair_mode, **warps['gradient']},
     }
-    # No stages of loads, as this form hardly waits for any.
-    strong = {'num_warps': 2 if block_k == 32 else 4, 'num_stages': 1}
+    # No stages of loads, as this form hardly waits for any. K = 32: two warps, since with four Triton 3.6
+    # makes kernels that read wrong addresses on Hopper.
+    strong = {'num_warps': 2 if block_k == 32 else 4, 'num_stages': 1, 'maxnreg': None}
     return {
         'NC': chunks,
+        'share': state_bytes / (chunk_bytes * chunks),
         'state_dtype': state_dtype,
         'states': {**blocks, 'PAIR_MODE': mode, **warps['states']},
         'back_states': {**back, 'PAIR_MODE': pair_mode, **warps['states']},
         'walk_states': {**blocks, 'PAIR_MODE': mode, **warps['walk']},
         'walk_back_states': {**back, 'PAIR_MODE': pair_mode, **warps['walk']},
+        'short_walk_back_states': {**back, 'PAIR_MODE': pair_mode, **warps['short_walk']},
         **both,
         **{f'strong_{name}': {**constants, **strong} for name, constants in both.items()},
         'scan': {'K': key_dim, 'V': value_dim, 'BV': max(16, triton.next_power_of_2(value_dim))},
@@ -95,21 +103,26 @@ def constants_of(key_dim: int, value_dim: int, dtype: torch.dtype, name: str, **
     return Constants(plan(key_dim, value_dim, dtype)[name], **more)
 
 
-# Segments that the scan takes at once, by how many there are at most: few sequences are long.
+# Segments and numbers of each that a program of the scan takes at once, by how many segments there are at
+# most: few sequences are long.
 SCANS = {
-    64: {'BW': 2, 'BR': 8, 'num_warps': 1, 'num_stages': 1},
-    128: {'BW': 2, 'BR': 16, 'num_warps': 1, 'num_stages': 1},
-    float('inf'): {'BW': 8, 'BR': 16, 'num_warps': 4, 'num_stages': 1},
+    64: {'BW': 2, 'BR': 8, 'WIDTH': 1, 'AHEAD': 1, 'num_warps': 1, 'num_stages': 1},
+    128: {'BW': 2, 'BR': 8, 'WIDTH': 128, 'AHEAD': 3, 'num_warps': 1, 'num_stages': 1},
+    float('inf'): {'BW': 8, 'BR': 16, 'WIDTH': 1, 'AHEAD': 1, 'num_warps': 4, 'num_stages': 1},
 }
 if INTERPRETED:
-    SCANS = {float('inf'): {'BW': 2, 'BR': 2, 'num_warps': 1, 'num_stages': 1}}
+    SCANS = {float('inf'): {'BW': 2, 'BR': 2, 'WIDTH': 64, 'AHEAD': 2, 'num_warps': 1, 'num_stages': 1}}
 # Chunks that a program looks through for those that need the form for strong gates.
-GROUP = 16
+GROUP = 32
 # Programs that each multiprocessor should get before any takes a second chunk, and the most chunks of one.
 FILL, MAX_RUN = 8, 8
 # Tokens of the longest sequences whose states are walked; the number of sequences must not decide, as
 # the rounding of states differs and an image's result would depend on its batch.
 MAX_WALK = 32 if INTERPRETED else 1024
+MAX_SHORT_WALK = 256
+# Bytes of states from which on a forward pass takes half a batch at a time, if they are more than a quarter
+# of its inputs: half the memory for a twentieth of the time.
+MAX_STATES = 2**24
 # Largest second and third size of a CUDA grid.
 MAX_GRID = 65535
 
@@ -147,18 +160,33 @@ def run_length(n: int, sequences: int, device: torch.device) -> int:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, gf: Tensor, gb: Tensor, scale: float, normalizer: float, o: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gf: Tensor,
+    gb: Tensor,
+    scale: float,
+    normalizer: float,
+    o: Tensor,
+    whole: bool = False,
 ) -> None:
-    """Write the output for ``[B, N, H, K or V]`` inputs into ``o``, of v's shape."""
+    """Write the output for ``[B, N, H, K or V]`` inputs into ``o``, of v's shape.
+
+    ``whole``: all images at once, whatever memory that takes.
+    """
     batch, num_tokens, heads, key_dim = q.shape
     value_dim = v.shape[-1]
     if batch == 0:
         return
-    if batch > MAX_GRID:
-        for part in zip(*(x.split(MAX_GRID) for x in (q, k, v, gf, gb, o)), strict=True):
-            forward(*part[:5], scale, normalizer, part[5])
-        return
     p = plan(key_dim, value_dim, v.dtype)
+    most = MAX_GRID
+    if p['share'] > 1 / 4 and not whole:  # noqa: SIM102  what follows takes longer
+        if p['share'] * (4 * q.nbytes + v.nbytes) > MAX_STATES:
+            most = min(most, ceil_div(batch, 2))
+    if batch > most:
+        for part in zip(*(x.split(most) for x in (q, k, v, gf, gb, o)), strict=True):
+            forward(*part[:5], scale, normalizer, part[5], True)
+        return
     block_t = p['output']['BT']
     inputs, unit, strides, same = address((q, k, v, gf, gb, o), block_t)
     common = (scale / 2, 1 / normalizer)
@@ -177,12 +205,12 @@ def forward(
                 inputs, state, sums, num_chunks, strides, common, key, widths, 'states', unit, same, p['NC']
             )
         table = tables(v.device, block_t)[0]
-        arguments = (*inputs, state, sums, table, num_tokens, heads, n_states, *strides)
-        grid = heads * ceil_div(value_dim, p['output']['BV']), batch
-        more = {'UNIT': unit, 'SAME': same, 'NC': p['NC'], 'ALONE': alone, 'SWAP': False}
+        sizes = num_tokens, heads, n_states, batch * heads * num_chunks
         mild_then_strong(
-            kernels.output_kernel, key, num_chunks, grid, arguments, common, widths, 'output', more
-        )
+            kernels.output_kernel, key, num_chunks, (heads, ceil_div(value_dim, p['output']['BV']), batch),
+            (*inputs, state, sums, table, *sizes, *strides), common, widths, 'output',
+            {'UNIT': unit, 'SAME': same, 'NC': p['NC'], 'ALONE': alone},
+        )  # fmt: skip
 
 
 def make_states(
@@ -192,42 +220,57 @@ def make_states(
     batch, num_tokens, heads, _ = inputs[0].shape
     kinds, n_states, key_dim, value_dim = state.shape
     num_segments = n_states // (batch * heads)
+    n_sums = batch * heads * num_chunks
     constants = constants_of(*widths, name, UNIT=unit, SAME=same, NC=chunks, BACKWARD=kinds == 4)
     blocks_v = ceil_div(value_dim, constants['BV'])
     table = tables(state.device, constants['BT'])[0]
     if chunks == 1 and num_tokens <= MAX_WALK:
+        walk = 'short_walk' if kinds == 4 and num_tokens <= MAX_SHORT_WALK else 'walk'
         launch(
             kernels.walk_kernel, key, (kinds, heads * blocks_v, batch),
-            (*inputs, state, sums, table, num_tokens, heads, n_states, *strides, *common),
-            constants_of(*widths, f'walk_{name}', UNIT=unit, SAME=same),
+            (*inputs, state, sums, table, num_tokens, heads, n_states, n_sums, *strides, *common),
+            constants_of(*widths, f'{walk}_{name}', UNIT=unit, SAME=same),
         )  # fmt: skip
         return
     run = run_length(num_segments, batch * heads * blocks_v, state.device)
     launch(
         kernels.states_kernel, key, (ceil_div(num_segments, run), heads * blocks_v, batch),
-        (*inputs, state, sums, table, num_tokens, heads, n_states, *strides, run, *common), constants,
+        (*inputs, state, sums, table, num_tokens, heads, n_states, n_sums, *strides, run, *common),
+        constants,
     )  # fmt: skip
-    most = next(most for most in SCANS if num_segments <= most)
+    scan = scan_constants(widths, num_segments, chunks)
     launch(
-        kernels.scan_kernel, key, (batch * heads, key_dim, kinds),
-        (state, sums, num_segments, n_states, num_chunks),
-        constants_of(*widths, 'scan', NC=chunks, **SCANS[most]),
+        kernels.scan_kernel, key, (batch * heads, ceil_div(key_dim, scan['ROWS']), kinds),
+        (state, sums, num_segments, n_states, num_chunks), scan,
     )  # fmt: skip
 
 
-def mild_then_strong(kernel, key, num_chunks, grid, arguments, common, widths, name, more) -> None:
+@functools.lru_cache(maxsize=4096)
+def scan_constants(widths: tuple[int, int, torch.dtype], num_segments: int, chunks: int) -> Constants:
+    """Constants of the scan over so many segments of so many chunks."""
+    most = next(most for most in SCANS if num_segments <= most)
+    blocks = dict(SCANS[most])
+    rows = max(1, blocks.pop('WIDTH') // plan(*widths)['scan']['BV'])
+    return constants_of(*widths, 'scan', NC=chunks, ROWS=rows, **blocks)
+
+
+def mild_then_strong(kernel, key, num_chunks, parts, arguments, common, widths, name, more) -> None:
     """Run ``kernel`` in the factored form, then by levels on chunks whose gates need it; all in float32.
 
-    ``more``: constants besides those of ``name`` in :func:`plan` for ``widths``.
+    ``parts``: numbers of heads, blocks of V, images. ``more``: constants besides those of ``name`` in
+    :func:`plan` for ``widths``.
     """
+    heads, blocks_v, batch = parts
     mild = constants_of(*widths, name, STRONG=False, GROUP=1, **more)
     exact = mild['MODE'] == 'tf32x3'
     if not exact:
-        run = run_length(num_chunks, grid[0] * grid[1], arguments[0].device)
-        launch(kernel, key, (ceil_div(num_chunks, run), *grid), (*arguments, run, *common), mild)
+        run = run_length(num_chunks, heads * blocks_v * batch, arguments[0].device)
+        grid = ceil_div(num_chunks, run), heads * blocks_v, batch
+        launch(kernel, key, grid, (*arguments, run, *common), mild)
     group = 1 if exact else GROUP
     launch(
-        kernel, key, (ceil_div(num_chunks, group), *grid), (*arguments, group, *common),
+        kernel, key, (ceil_div(num_chunks * heads * batch, group), blocks_v, 1),
+        (*arguments, group, *common),
         constants_of(*widths, f'strong_{name}', STRONG=True, GROUP=group, **more),
     )  # fmt: skip
 
@@ -257,7 +300,6 @@ def backward(
     block_t = p['gradient']['BT']
     tensors, unit, strides, same = address((q, k, v, gf, gb, do, *grads), block_t)
     (q, k, v, gf, gb, do, dq, dk, dv, dgf, dgb) = tensors
-    of_q, of_k, _, of_gf, of_gb, of_do, of_dq, of_dk, of_dv, of_dgf, of_dgb = batched(strides, 3)
     inputs = (q, k, v, gf, gb, do)
     common = (scale / 2, 1 / normalizer)
     num_chunks = ceil_div(num_tokens, block_t)
@@ -271,19 +313,11 @@ def backward(
             inputs, state, sums, num_chunks, strides[:18], common, key, widths, 'back_states', unit, same, 1
         )
         table, up_to, masks = tables(v.device, block_t)
-        sizes = (num_tokens, heads, n_states)
-        more = {'UNIT': unit, 'SAME': same}
         mild_then_strong(
-            kernels.output_kernel, key, num_chunks, (heads * ceil_div(value_dim, p['dv']['BV']), batch),
-            (q, k, do, gf, gb, dv, state, sums, table, *sizes, *of_q, *of_k, *of_do, *of_gf, *of_gb,
-             *of_dv),
-            common, widths, 'dv', {**more, 'NC': 1, 'ALONE': False, 'SWAP': True},
-        )  # fmt: skip
-        mild_then_strong(
-            kernels.gradient_kernel, key, num_chunks, (heads, batch),
-            (*inputs, dq, dk, dgf, dgb, state, sums, table, up_to, masks, *sizes, *strides[:18],
-             *of_dq, *of_dk, *of_dgf, *of_dgb),
-            common, widths, 'gradient', more,
+            kernels.gradient_kernel, key, num_chunks, (heads, 1, batch),
+            (*inputs, dq, dk, dv, dgf, dgb, state, sums, table, up_to, masks, num_tokens, heads, n_states,
+             *strides),
+            common, widths, 'gradient', {'UNIT': unit, 'SAME': same},
         )  # fmt: skip
 
 
