@@ -203,7 +203,7 @@ def small_sizes(channels: int, rank: int, head_dim: int, rms1: bool, rms2: bool)
     )  # fmt: skip
 
 
-def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
+def _fake_block_backward(dz, ds, scale, branch_scale, *rest):
     _, norm1_bias, _, _, norm_long, _, _, norm2_bias = rest[:8]
     s, o, weight_dtype = rest[8], rest[13], rest[17].dtype
     channels, hidden = s.shape[3], rest[16].shape[1] // 2
@@ -221,11 +221,11 @@ def _fake_block_backward(ds, dz, scale, branch_scale, *rest):
 
 
 @operator(
-    f'block_backward(Tensor? ds, Tensor dz, {KEPT}, {OPTIONS}) -> ({", ".join(["Tensor"] * 7)})',
+    f'block_backward(Tensor dz, Tensor? ds, {KEPT}, {OPTIONS}) -> ({", ".join(["Tensor"] * 7)})',
     _fake_block_backward,
 )
 def block_backward_op(
-    ds, dz, scale, branch_scale, norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short,
+    dz, ds, scale, branch_scale, norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short,
     norm2_weight, norm2_bias, s, y, conved, u, wide, o, s2, y2, h,
     qkv, gate, down, up, up_bias, out, fc1, fc2, heads, eps, mix_eps, conv_act, out_act,
 ):  # fmt: skip
@@ -312,7 +312,7 @@ def _backward(ds, dz, *kept):
     ]
     if dz is None:
         dz = torch.zeros_like(kept[11])
-    dx, d_branch, small, d_in, d_out, d_fc1, d_fc2 = block_backward_op(ds, dz, *kept)
+    dx, d_branch, small, d_in, d_out, d_fc1, d_fc2 = block_backward_op(dz, ds, *kept)
     channels = s.shape[3]
     rank = d_in.shape[0] - 3 * channels
     d_qkv, d_gate, d_down = torch.split_with_sizes(d_in, (2 * channels, channels, rank))

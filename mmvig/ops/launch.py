@@ -124,12 +124,12 @@ def operator(schema: str, fake: Callable, inference: Callable | None = None) -> 
 
     def register(function: Callable) -> Callable:
         name = schema.split('(')[0]
+        function, without_gradient = on_device(function), on_device(inference or function)
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, function, 'CompositeExplicitAutograd')
         torch.library.register_fake(f'mmvig::{name}', fake, lib=_library)
         op = getattr(torch.ops.mmvig, name).default
         _functions[name] = function
-        without_gradient = inference or function
 
         @functools.wraps(function)
         def call(*args):
@@ -145,6 +145,17 @@ def operator(schema: str, fake: Callable, inference: Callable | None = None) -> 
         return call
 
     return register
+
+
+def on_device(function: Callable) -> Callable:
+    """The function, run with the device of its first argument as the current one."""
+
+    @functools.wraps(function)
+    def run(*args):
+        with device_of(args[0]):
+            return function(*args)
+
+    return run
 
 
 PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))

@@ -18,7 +18,6 @@ from mmvig.ops.launch import (
     Constants,
     ceil_div,
     compile_key,
-    device_of,
     launch,
     multiprocessors,
 )
@@ -110,8 +109,5 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, dx: Tensor) -> Tensor:
     dw = torch.empty((programs, channels * rank + channels), dtype=torch.float32, device=dy.device)
     if programs:
         tensors = dy, x, weight, dx
-        with device_of(dy):
-            launch(
-                backward_kernel, compile_key(*tensors), (programs, 1, 1), (*tensors, dw, rows), constants
-            )
+        launch(backward_kernel, compile_key(*tensors), (programs, 1, 1), (*tensors, dw, rows), constants)
     return dw

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.ops.launch import Constants, compile_key, device_of, launch
+from mmvig.ops.launch import Constants, compile_key, launch
 
 ROWS, COLUMNS, SOURCES = 32, 64, 5
 CONSTANTS = Constants(BR=ROWS, BC=COLUMNS, num_warps=4)
@@ -67,7 +67,6 @@ def sum_partials(sources: Sequence[Tensor], segments: tuple[tuple[int, int, int]
     """
     table, size = _table(segments, sources[0].device)
     out = sources[0].new_empty(size)
-    with device_of(out):
-        arguments = (*sources, table, out)
-        launch(sum_kernel, compile_key(*sources), (table.shape[0], 1, 1), arguments, CONSTANTS)
+    arguments = (*sources, table, out)
+    launch(sum_kernel, compile_key(*sources), (table.shape[0], 1, 1), arguments, CONSTANTS)
     return out

@@ -11,7 +11,6 @@ from mmvig.ops.launch import (
     Constants,
     ceil_div,
     compile_key,
-    device_of,
     differentiate,
     launch,
     multiprocessors,
@@ -187,9 +186,8 @@ def forward(x: Tensor, weight: Tensor) -> Tensor:
     y = torch.empty_like(x)
     if y.numel():
         constants, grid, rows = divide(x.shape, TILE, x.device)
-        with device_of(x):
-            arguments = (x, weight, y, *x.shape[1:3], rows)
-            launch(forward_kernel, compile_key(x, weight, y), grid, arguments, constants)
+        arguments = (x, weight, y, *x.shape[1:3], rows)
+        launch(forward_kernel, compile_key(x, weight, y), grid, arguments, constants)
     return y
 
 
@@ -202,9 +200,8 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     constants, grid, rows = divide(x.shape, BACKWARD_TILE, x.device)
     strips = grid[0] // ceil_div(x.shape[3], constants['BC']) * grid[1]
     dw = x.new_empty(strips, *weight.shape, dtype=torch.float32)
-    with device_of(x):
-        arguments = (dy, x, weight, dx, dw, *x.shape[1:3], rows)
-        launch(backward_kernel, compile_key(dy, x, weight, dx), grid, arguments, constants)
+    arguments = (dy, x, weight, dx, dw, *x.shape[1:3], rows)
+    launch(backward_kernel, compile_key(dy, x, weight, dx), grid, arguments, constants)
     return dx, dw
 
 

@@ -14,7 +14,6 @@ from mmvig.ops.launch import (
     Constants,
     ceil_div,
     compile_key,
-    device_of,
     differentiate,
     empty_like_each,
     launch,
@@ -143,10 +142,9 @@ def mix(long, gate, short, weight_long, weight_short, bias, eps, act):
         options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, TILE)
         rows = y.numel() // options['V']
         tensors = long, gate, short, weight_long, weight_short, weight_long if bias is None else bias, y
-        with device_of(y):
-            grid = ceil_div(rows, options['BR']), 1, 1
-            arguments = (*tensors, rows, gate.stride(0))
-            launch(forward_kernel, compile_key(*tensors), grid, arguments, options)
+        grid = ceil_div(rows, options['BR']), 1, 1
+        arguments = (*tensors, rows, gate.stride(0))
+        launch(forward_kernel, compile_key(*tensors), grid, arguments, options)
     return y
 
 
@@ -167,9 +165,8 @@ def mix_backward(dy, long, gate, short, weight_long, weight_short, bias, eps, ac
             dy, long, gate, short, weight_long, weight_short, weight_long if bias is None else bias,
             dlong, dgate, dshort, y,
         )  # fmt: skip
-        with device_of(dy):
-            arguments = (*tensors, dw, rows, gate.stride(0))
-            launch(backward_kernel, compile_key(*tensors), (programs, heads, 1), arguments, options)
+        arguments = (*tensors, dw, rows, gate.stride(0))
+        launch(backward_kernel, compile_key(*tensors), (programs, heads, 1), arguments, options)
     return dlong, dshort, y, dw
 
 

@@ -11,7 +11,6 @@ from mmvig.ops.launch import (
     Constants,
     ceil_div,
     compile_key,
-    device_of,
     differentiate,
     launch,
     multiprocessors,
@@ -151,9 +150,8 @@ def forward(x, branch, scale, weight, bias, eps, dtype, act, first):
             channels, TILE, eps, bias is None, act, branch is not None, scale is not None, first
         )
         tensors = [x if each is None else each for each in (x, branch, scale, weight, bias, s, y)]
-        with device_of(x):
-            grid = ceil_div(rows, options['BR']), 1, 1
-            launch(forward_kernel, compile_key(*tensors), grid, (*tensors, rows, height * width), options)
+        grid = ceil_div(rows, options['BR']), 1, 1
+        launch(forward_kernel, compile_key(*tensors), grid, (*tensors, rows, height * width), options)
     return s, y
 
 
@@ -171,9 +169,8 @@ def backward(ds, dy, s, scale, weight, bias, eps, act, first, branch_dtype):
     dw = s.new_empty(1 if bias is None else 2, programs, channels, dtype=torch.float32)
     if programs:
         tensors = [s if each is None else each for each in (ds, dy, s, scale, weight, bias, dx, dbranch)]
-        with device_of(s):
-            arguments = (*tensors, dw, rows, height * width)
-            launch(backward_kernel, compile_key(*tensors), (programs, 1, 1), arguments, options)
+        arguments = (*tensors, dw, rows, height * width)
+        launch(backward_kernel, compile_key(*tensors), (programs, 1, 1), arguments, options)
     return dx, dbranch, dw
 
 

@@ -11,7 +11,6 @@ from mmvig.ops.launch import (
     Constants,
     ceil_div,
     compile_key,
-    device_of,
     differentiate,
     empty_like_each,
     launch,
@@ -66,8 +65,7 @@ def run(kernel, tensors: tuple[Tensor, ...], width: int, rows: int) -> None:
     """Launch a kernel over ``rows`` rows of ``width`` results."""
     if rows:
         grid = ceil_div(rows, ROWS), ceil_div(width, COLUMNS), 1
-        with device_of(tensors[0]):
-            launch(kernel, compile_key(*tensors), grid, (*tensors, rows), constants(width))
+        launch(kernel, compile_key(*tensors), grid, (*tensors, rows), constants(width))
 
 
 def activate(x: Tensor) -> Tensor:
