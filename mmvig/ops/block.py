@@ -21,13 +21,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mmvig.ops import low_rank
 from mmvig.ops.bigla import triton as bigla
 from mmvig.ops.dwconv import triton as dwconv
 from mmvig.ops.gated_mix import triton as gated_mix
-from mmvig.ops.launch import differentiate, operator
+from mmvig.ops.launch import current_stream, differentiate, operator, part
 from mmvig.ops.norm import triton as norm
 from mmvig.ops.partial_sums import sum_partials
 from mmvig.ops.swiglu import triton as swiglu
@@ -53,18 +52,45 @@ KEPT = (
 OPTIONS = 'int heads, float eps, float mix_eps, bool conv_act, bool out_act'
 
 
-def to_low(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Copies of the weights in ``dtype``, side by side, and [W_qkv; W_r; W_g1], W_g2, b, W_o, W_1, W_2."""
-    places, size = _places(weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
-    low = weights[0].new_empty(size, dtype=dtype)
-    parts = [low.as_strided(*place) for place in places[1:]]
-    torch._foreach_copy_(parts, weights)
-    return parts, (low.as_strided(*places[0]), *parts[3:])
+# Memory for weights in half precision that no block is using, by dtype, device, stream and widths.
+_unused: dict[tuple, tuple] = {}
+
+
+def borrow(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[tuple, tuple[Tensor, ...]]:
+    """Copies of the weights in ``dtype``: [W_qkv; W_r; W_g1], W_g2, b, W_o, W_1, W_2, and these transposed.
+
+    They are copied anew each time, since nothing tells of a change by ``weight.data``. Before them, what
+    :func:`give_back` takes: until then the memory is the caller's, afterwards the stream's next block's.
+    """
+    device, widths = weights[0].device, (weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
+    key = dtype, device, current_stream(device), widths
+    capturing = device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
+    low = None if capturing else _unused.pop(key, None)  # one step, for threads that share a stream
+    if low is None:
+        with torch.inference_mode(False):
+            low = None if capturing else key, *_make(weights[0], dtype, *widths)
+    torch._foreach_copy_(low[1], weights)
+    return low, low[2]
+
+
+def give_back(low: tuple) -> None:
+    """Let others have the memory that :func:`borrow` has lent; that of a graph stays its own."""
+    if low[0]:
+        _unused[low[0]] = low
+
+
+def _make(like: Tensor, dtype: torch.dtype, *widths: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Memory for copies of the weights, side by side, and the views of it that borrow() returns."""
+    places, size = _places(*widths)
+    memory = like.new_empty(size, dtype=dtype)
+    parts = [memory.as_strided(*place) for place in places[1:]]
+    views = memory.as_strided(*places[0]), *parts[3:]
+    return parts, (*views, *[view.t() for view in views])
 
 
 @functools.lru_cache(maxsize=64)
 def _places(channels: int, rank: int, hidden: int) -> tuple[list[tuple], int]:
-    """Shape, strides and start in to_low()'s memory of the first three weights, of each; its size."""
+    """Shape, strides and start in _make()'s memory of the first three weights, of each; its size."""
     shapes = (
         (2 * channels, channels), (channels, channels), (rank, channels), (channels, rank), (channels,),
         (channels, channels), (2 * hidden, channels), (channels, hidden),
@@ -76,37 +102,20 @@ def _places(channels: int, rank: int, hidden: int) -> tuple[list[tuple], int]:
     return places, start
 
 
-# By a block's W_qkv: what to_low() has returned, and for which dtype, device and shapes.
-_buffers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def to_low_again(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The last of :func:`to_low` in memory that stays with the block: for what no backward pass needs.
-
-    The weights are copied anew each time, since nothing tells of a change by ``weight.data``.
-    """
-    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        buffer = None  # memory of a graph stays its own
-    else:
-        buffer = _buffers.get(weights[0])
-    shapes = [w.shape for w in weights]
-    if buffer is None or buffer[:3] != (dtype, weights[0].device, shapes):
-        with torch.inference_mode(False), torch.no_grad():  # the former alone would turn gradients on
-            parts, views = to_low(dtype, weights)
-        if not (weights[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-            _buffers[weights[0]] = dtype, weights[0].device, shapes, parts, views
-        return views
-    torch._foreach_copy_(buffer[3], weights)
-    return buffer[4]
-
-
 def views_of(wide: Tensor, decay: Tensor, maps: Tensor, heads: int) -> list[Tensor]:
     """q, k, v, g_fwd, g_bwd of the wide product [rows, 3C + rank] and the decay gates [rows, C] of maps."""
     batch, height, across, channels = maps.shape
     places = _of_heads(batch, height * across, heads, channels, wide.shape[1])
-    first, first_gate = wide.storage_offset(), decay.storage_offset()
-    views = [wide.as_strided(size, strides, first + start) for size, strides, start in places[:3]]
-    return views + [decay.as_strided(size, strides, first_gate + at) for size, strides, at in places[3:]]
+    return [part(wide, *place) for place in places[:3]] + [part(decay, *place) for place in places[3:]]
+
+
+def gates_of(wide: Tensor, channels: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Logits [rows, C] of the mix's gates and reduced decay gates [rows, rank] in the wide product."""
+    rows, width = wide.shape
+    return (
+        part(wide, (rows, channels), (width, 1), 2 * channels),
+        part(wide, (rows, rank), (width, 1), 3 * channels),
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -146,26 +155,22 @@ def forward(
     heads, eps, mix_eps, conv_act, out_act, dtype,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """s', its branch, and with ``keep`` what the backward pass needs."""
-    channels, kept = x.shape[3], []
+    channels, rank, kept = x.shape[3], down.shape[0], []
     s, y = norm.forward(x, branch, scale, norm1_weight, norm1_bias, eps, dtype, 'none', False)
-    weights = qkv, gate, down, up, up_bias, out, fc1, fc2
     if keep:
-        _buffers.pop(qkv, None)
-        _, views = to_low(dtype, weights)
         kept += x.new_empty(0) if branch is None else s, y  # an operator must not return its input
-    else:
-        views = to_low_again(dtype, weights)
-    w_in, w_up, b_up, w_out, w_1, w_2 = views
     s = x if s is None else s
+    low, views = borrow(dtype, (qkv, gate, down, up, up_bias, out, fc1, fc2))
+    w_in, w_up, b_up, w_out, w_1, w_2 = views[6:]
     with torch._C._DisableAutocast():
         u = dwconv.forward(y, conv)
         if keep:
             kept.append(u if conv_act else u.new_empty(0))
         u = (F.silu(u) if conv_act else u).view(-1, channels)
         del y
-        wide = F.linear(u, w_in)
-        logits, reduced = torch.split_with_sizes(wide, (2 * channels, channels, down.shape[0]), 1)[1:]
-        views = views_of(wide, F.linear(reduced, w_up, b_up), x, heads)
+        wide = torch.mm(u, w_in)
+        logits, reduced = gates_of(wide, channels, rank)
+        views = views_of(wide, torch.addmm(b_up, reduced, w_up), x, heads)
         o = torch.empty_like(u)
         scaling = views[0].shape[3] ** -0.5
         bigla.forward(*views, scaling, GATE_NORMALIZER, o.view_as(views[2]))
@@ -174,15 +179,17 @@ def forward(
         if keep:
             kept += u, wide, o
         del u, wide, logits, reduced, o
-        z = F.linear(m, w_out).view_as(x)
+        z = torch.mm(m, w_out)
         del m
         s, y = norm.forward(s, z, branch_scale, norm2_weight, norm2_bias, eps, dtype, 'none', False)
         del z
-        h = F.linear(y.view(-1, channels), w_1)
+        h = torch.mm(y.view(-1, channels), w_1)
         if keep:
             kept += y, h
         del y
-        return s, F.linear(swiglu.activate(h), w_2).view_as(x), *kept
+        z = torch.mm(swiglu.activate(h), w_2).view_as(x)
+    give_back(low)
+    return s, z, *kept
 
 
 @operator(
@@ -232,7 +239,8 @@ def block_backward_op(
     """Gradients of :func:`block_op`: of x, the branch and the weights, the small ones in one vector."""
     channels, rank, dtype, weight_dtype = s.shape[3], down.shape[0], o.dtype, qkv.dtype
     # Copied again: kept, the copies would take 2 % of a training step's memory.
-    _, (w_in, w_up, b_up, w_out, w_1, w_2) = to_low(dtype, (qkv, gate, down, up, up_bias, out, fc1, fc2))
+    low, views = borrow(dtype, (qkv, gate, down, up, up_bias, out, fc1, fc2))
+    w_in, w_up, b_up, w_out, w_1, w_2 = views[:6]
     ds = torch.zeros_like(s2) if ds is None else ds
     with torch._C._DisableAutocast():
         dz = dz.reshape(-1, channels)
@@ -240,7 +248,7 @@ def block_backward_op(
         d_fc2 = of_weight(dz, activated, weight_dtype)
         del activated
         d_fc1 = of_weight(dh, y2.view(-1, channels), weight_dtype)
-        dy = torch.mm(dh, w_1).view_as(s)
+        dy = torch.mm(dh, w_1)
         del dh
         ds, dz, d_norm2 = norm.backward(
             ds, dy, s2, branch_scale, norm2_weight, norm2_bias, eps, 'none', False, dtype
@@ -248,15 +256,14 @@ def block_backward_op(
         dz = dz.view(-1, channels)
 
         d_wide, d_decay = torch.empty_like(wide), torch.empty_like(o)
-        sizes = 2 * channels, channels, rank
-        logits, reduced = torch.split_with_sizes(wide, sizes, 1)[1:]
-        d_logits, d_reduced = torch.split_with_sizes(d_wide, sizes, 1)[1:]
+        logits, reduced = gates_of(wide, channels, rank)
+        d_logits, d_reduced = gates_of(d_wide, channels, rank)
         do, du, m, d_mix = gated_mix.mix_backward(
             torch.mm(dz, w_out), o, logits, u, norm_long, norm_short, gate_bias, mix_eps, out_act, d_logits
         )
         d_out = of_weight(dz, m, weight_dtype)
         del m, dz
-        views = views_of(wide, torch.addmm(b_up, reduced, w_up.t()), s, heads)
+        views = views_of(wide, torch.addmm(b_up, reduced, views[7]), s, heads)
         bigla.backward(
             do.view_as(views[2]), *views, views[0].shape[3] ** -0.5, GATE_NORMALIZER,
             views_of(d_wide, d_decay, s, heads),
@@ -265,10 +272,11 @@ def block_backward_op(
         d_up = low_rank.backward(d_decay, reduced, w_up, d_reduced)
         del d_decay
         d_in = of_weight(d_wide, u, weight_dtype)
-        du = du.addmm_(d_wide, w_in).view_as(s)  # torch.addmm would copy du first
+        du = du.addmm_(d_wide, w_in)  # torch.addmm would copy du first
+        give_back(low)
         del d_wide, d_logits, d_reduced
         if conv_act:
-            du = torch.ops.aten.silu_backward(du, conved)
+            du = torch.ops.aten.silu_backward(du.view_as(s), conved)
         dy, d_conv = dwconv.backward(du, y, conv)
         dx, d_branch, d_norm1 = norm.backward(
             ds, dy, s, scale, norm1_weight, norm1_bias, eps, 'none', False, dtype

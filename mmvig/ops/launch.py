@@ -92,6 +92,11 @@ def device_of(x: Tensor) -> contextlib.AbstractContextManager:
 _NOTHING = contextlib.nullcontext()
 
 
+def current_stream(device: torch.device) -> int:
+    """A device's current stream, as CUDA knows it."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == 'cuda' else 0
+
+
 def ceil_div(a: int, b: int) -> int:
     """Quotient rounded up (triton.cdiv takes microseconds)."""
     return -(-a // b)
@@ -219,6 +224,11 @@ def _node(name: str, run: Callable, save: Callable | None, outputs: int | None) 
 
     members = {'forward': staticmethod(forward), 'backward': staticmethod(run)}
     return type(name, (torch.autograd.Function,), members)
+
+
+# (tensor, shape, strides, start after the tensor's own) -> a view that autograd does not know of.
+# Inductor's as_strided, which takes half as long.
+part = torch._C._dynamo.guards._reinterpret_tensor
 
 
 def empty_like_each(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -163,19 +163,29 @@ def test_weights_changed_behind_autograd_are_seen():
         assert torch.equal(block(*inputs)[1], 2 * before)
 
 
-def test_weights_are_not_kept_alive():
-    block, inputs = make(), make_inputs()
-    with torch.no_grad():
-        block(*inputs)
-    assert len(ops._buffers) == 1
-    block(*inputs)  # training needs the memory
-    assert len(ops._buffers) == 0
+def test_blocks_share_the_memory_of_half_weights(monkeypatch):
+    monkeypatch.setattr(ops, '_unused', {})
+    block, other, inputs = make(), make('ViG'), make_inputs()
     with torch.inference_mode():
         block(*inputs)
+    results = run(block, inputs)
+    run(other, inputs)
+    assert all(map(torch.equal, results, run(block, inputs)))
+    assert len(ops._unused) == 1
+    mixer, mlp = block.mixer, block.mlp
+    layers = mixer.qkv, mixer.mix_gate, mixer.decay_down, mixer.decay_up, mixer.out, mlp.fc1, mlp.fc2
+    weights = [layer.weight for layer in layers]
+    weights.insert(4, mixer.decay_up.bias)
+    with torch.no_grad():
+        lent = [ops.borrow(torch.float32, weights)[1] for _ in range(2)]  # as by two threads
+    assert lent[0][0].data_ptr() != lent[1][0].data_ptr()
+    for views in lent:
+        torch.testing.assert_close(views[5], block.mlp.fc2.weight)
+        torch.testing.assert_close(views[11], block.mlp.fc2.weight.T)
     weight = weakref.ref(block.mlp.fc2.weight)
-    del block
+    del block, mixer, mlp, layers, weights
     gc.collect()
-    assert weight() is None and len(ops._buffers) == 0
+    assert weight() is None
 
 
 def add_hook(block):
