@@ -40,7 +40,7 @@ def bigla_launches():
     p = plan(16, 32, torch.bfloat16)
     shared = {'UNIT': 8, 'SAME': True}
     yield kernels.states_kernel, {**p['states'], **shared, 'NC': 1, 'BACKWARD': True}
-    yield kernels.walk_kernel, {**p['walk_back_states'], **shared}
+    yield kernels.walk_kernel, {**p['short_back_walk'], **shared}
     yield kernels.scan_kernel, scan_constants((16, 32, torch.bfloat16), 100, 1)
     for strong in (False, True):
         form = {**shared, 'STRONG': strong, 'GROUP': 16}

@@ -16,7 +16,6 @@ from mmvig.ops.launch import (
     INTERPRETED,
     Constants,
     ceil_div,
-    device_of,
     differentiate,
     empty_like_each,
     launch,
@@ -54,23 +53,27 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     pair_mode = 'tf32x3' if dtype == torch.float32 else 'tf32'
     # Warps, stages of loads, and the most registers of each kernel.
     if block_k == 16:
+        half = mode == 'bf16'
         warps = {
             'states': (1, 2),
-            'walk': (2, 3),
-            'short_walk': (1, 2, 128),
-            'output': (4, 3, 160) if mode == 'bf16' and block_v <= 32 else (2, 2),
+            'walk': (1, 3) if mode == 'tf32' else (2, 3),
+            'back_walk': (2, 3),
+            'short_back_walk': (1, 2, 128),
+            'output': (2, 2) if block_v > 32 else (4, 3, 160) if half else (4, 1, 168),
             'gradient': (2, 2),
         }
     elif block_k == 32:
         warps = {
             'states': (4, 1),
             'walk': (2, 2),
-            'short_walk': (2, 2),
+            'back_walk': (2, 2),
+            'short_back_walk': (2, 2),
             'output': (4, 2),
             'gradient': (2, 1),
         }
     else:
-        warps = dict.fromkeys(('states', 'walk', 'short_walk', 'output', 'gradient'), (4, 1))
+        names = 'states', 'walk', 'back_walk', 'short_back_walk', 'output', 'gradient'
+        warps = dict.fromkeys(names, (4, 1))
     warps = {
         name: dict(zip(('num_warps', 'num_stages', 'maxnreg'), numbers, strict=False))
         for name, numbers in warps.items()
@@ -88,9 +91,9 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
         'state_dtype': state_dtype,
         'states': {**blocks, 'PAIR_MODE': mode, **warps['states']},
         'back_states': {**back, 'PAIR_MODE': pair_mode, **warps['states']},
-        'walk_states': {**blocks, 'PAIR_MODE': mode, **warps['walk']},
-        'walk_back_states': {**back, 'PAIR_MODE': pair_mode, **warps['walk']},
-        'short_walk_back_states': {**back, 'PAIR_MODE': pair_mode, **warps['short_walk']},
+        'walk': {**blocks, 'PAIR_MODE': mode, **warps['walk']},
+        'back_walk': {**back, 'PAIR_MODE': pair_mode, **warps['back_walk']},
+        'short_back_walk': {**back, 'PAIR_MODE': pair_mode, **warps['short_back_walk']},
         **both,
         **{f'strong_{name}': {**constants, **strong} for name, constants in both.items()},
         'scan': {'K': key_dim, 'V': value_dim, 'BV': max(16, triton.next_power_of_2(value_dim))},
@@ -194,23 +197,22 @@ def forward(
     num_segments = ceil_div(num_chunks, p['NC'])
     n_states = batch * heads * num_segments
     key = compile_key(v, gf, gb, unit, strides)
-    with device_of(q):
-        sums = v.new_empty(2, batch * heads * num_chunks, key_dim, dtype=torch.float32)
-        # Empty for a single chunk, but of the dtype that kernels are compiled for.
-        alone = num_chunks == 1
-        state = v.new_empty(2, 0 if alone else n_states, key_dim, value_dim, dtype=p['state_dtype'])
-        widths = key_dim, value_dim, v.dtype
-        if not alone:
-            make_states(
-                inputs, state, sums, num_chunks, strides, common, key, widths, 'states', unit, same, p['NC']
-            )
-        table = tables(v.device, block_t)[0]
-        sizes = num_tokens, heads, n_states, batch * heads * num_chunks
-        mild_then_strong(
-            kernels.output_kernel, key, num_chunks, (heads, ceil_div(value_dim, p['output']['BV']), batch),
-            (*inputs, state, sums, table, *sizes, *strides), common, widths, 'output',
-            {'UNIT': unit, 'SAME': same, 'NC': p['NC'], 'ALONE': alone},
-        )  # fmt: skip
+    sums = v.new_empty(2, batch * heads * num_chunks, key_dim, dtype=torch.float32)
+    # Empty for a single chunk, but of the dtype that kernels are compiled for.
+    alone = num_chunks == 1
+    state = v.new_empty(2, 0 if alone else n_states, key_dim, value_dim, dtype=p['state_dtype'])
+    widths = key_dim, value_dim, v.dtype
+    if not alone:
+        make_states(
+            inputs, state, sums, num_chunks, strides, common, key, widths, 'states', unit, same, p['NC']
+        )
+    table = tables(v.device, block_t)[0]
+    sizes = num_tokens, heads, n_states, batch * heads * num_chunks
+    mild_then_strong(
+        kernels.output_kernel, key, num_chunks, (heads, ceil_div(value_dim, p['output']['BV']), batch),
+        (*inputs, state, sums, table, *sizes, *strides), common, widths, 'output',
+        {'UNIT': unit, 'SAME': same, 'NC': p['NC'], 'ALONE': alone},
+    )  # fmt: skip
 
 
 def make_states(
@@ -225,11 +227,11 @@ def make_states(
     blocks_v = ceil_div(value_dim, constants['BV'])
     table = tables(state.device, constants['BT'])[0]
     if chunks == 1 and num_tokens <= MAX_WALK:
-        walk = 'short_walk' if kinds == 4 and num_tokens <= MAX_SHORT_WALK else 'walk'
+        walk = 'walk' if kinds == 2 else 'short_back_walk' if num_tokens <= MAX_SHORT_WALK else 'back_walk'
         launch(
             kernels.walk_kernel, key, (kinds, heads * blocks_v, batch),
             (*inputs, state, sums, table, num_tokens, heads, n_states, n_sums, *strides, *common),
-            constants_of(*widths, f'{walk}_{name}', UNIT=unit, SAME=same),
+            constants_of(*widths, walk, UNIT=unit, SAME=same),
         )  # fmt: skip
         return
     run = run_length(num_segments, batch * heads * blocks_v, state.device)
@@ -305,20 +307,19 @@ def backward(
     num_chunks = ceil_div(num_tokens, block_t)
     n_states = batch * heads * num_chunks
     key = compile_key(v, gf, gb, unit, strides)
-    with device_of(q):
-        sums = v.new_empty(2, n_states, key_dim, dtype=torch.float32)
-        state = v.new_empty(4, n_states, key_dim, value_dim, dtype=p['state_dtype'])
-        widths = key_dim, value_dim, v.dtype
-        make_states(
-            inputs, state, sums, num_chunks, strides[:18], common, key, widths, 'back_states', unit, same, 1
-        )
-        table, up_to, masks = tables(v.device, block_t)
-        mild_then_strong(
-            kernels.gradient_kernel, key, num_chunks, (heads, 1, batch),
-            (*inputs, dq, dk, dv, dgf, dgb, state, sums, table, up_to, masks, num_tokens, heads, n_states,
-             *strides),
-            common, widths, 'gradient', {'UNIT': unit, 'SAME': same},
-        )  # fmt: skip
+    sums = v.new_empty(2, n_states, key_dim, dtype=torch.float32)
+    state = v.new_empty(4, n_states, key_dim, value_dim, dtype=p['state_dtype'])
+    widths = key_dim, value_dim, v.dtype
+    make_states(
+        inputs, state, sums, num_chunks, strides[:18], common, key, widths, 'back_states', unit, same, 1
+    )
+    table, up_to, masks = tables(v.device, block_t)
+    mild_then_strong(
+        kernels.gradient_kernel, key, num_chunks, (heads, 1, batch),
+        (*inputs, dq, dk, dv, dgf, dgb, state, sums, table, up_to, masks, num_tokens, heads, n_states,
+         *strides),
+        common, widths, 'gradient', {'UNIT': unit, 'SAME': same},
+    )  # fmt: skip
 
 
 def compile_key(v: Tensor, gf: Tensor, gb: Tensor, unit: int, strides: tuple[int, ...]) -> tuple:
