@@ -19,7 +19,6 @@ import functools
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.ops import low_rank
@@ -163,10 +162,11 @@ def forward(
     low, views = borrow(dtype, (qkv, gate, down, up, up_bias, out, fc1, fc2))
     w_in, w_up, b_up, w_out, w_1, w_2 = views[6:]
     with torch._C._DisableAutocast():
-        u = dwconv.forward(y, conv)
+        conved, u = dwconv.forward(y, conv, conv_act, keep)
         if keep:
-            kept.append(u if conv_act else u.new_empty(0))
-        u = (F.silu(u) if conv_act else u).view(-1, channels)
+            kept.append(conved if conv_act else u.new_empty(0))
+        u = u.view(-1, channels)
+        del conved
         del y
         wide = torch.mm(u, w_in)
         logits, reduced = gates_of(wide, channels, rank)

@@ -65,7 +65,8 @@ def fused_launches():
         tile = gated_mix.TILE if forward else gated_mix.BACKWARD_TILE
         yield getattr(gated_mix, name), gated_mix.constants(384, 32, 1e-6, False, True, tile)
         tile = dwconv.TILE if forward else dwconv.BACKWARD_TILE
-        yield getattr(dwconv, name), dwconv.divide((2, 14, 14, 384), tile, cpu)[0]
+        more = {'ACT': True, 'KEEP': True} if forward else {}
+        yield getattr(dwconv, name), dwconv.divide((2, 14, 14, 384), tile, cpu, **more)[0]
         tile = norm.TILE if forward else norm.BACKWARD_TILE
         yield getattr(norm, name), norm.constants(384, tile, 1e-5, False, 'none', True, True, False)
 

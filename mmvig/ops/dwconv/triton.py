@@ -74,9 +74,10 @@ def begin(p_w, H, W, R, C: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit(do_not_specialize=['H', 'W', 'R'])
 def forward_kernel(
-    p_x, p_w, p_y, H, W, R, C: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr
+    p_x, p_w, p_y, p_u, H, W, R, C: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ACT: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Make R rows of y [B, H, W, C] at BW columns and BC channels."""
+    """Make R rows of y [B, H, W, C] at BW columns and BC channels; ACT: of u = silu(y), KEEP: and of y."""
     columns, inside, first, last, of_row, at, _, w0, w1, w2, w3, w4, w5, w6, w7, w8 = begin(
         p_w, H, W, R, C, BW, BC
     )
@@ -89,8 +90,14 @@ def forward_kernel(
         # A row ahead, so that it is under way while this one is used.
         next_left, next_mid, next_right = load_row(p_x + at, h + 1, of_row, inside, columns, H, W, C)
         above += w6 * left + w7 * middle + w8 * right
-        p_out = p_y + at + (h - 1) * of_row
-        tl.store(p_out, above.to(p_y.dtype.element_ty), mask=inside & (h > first))
+        there = at + (h - 1) * of_row
+        y = above.to(p_y.dtype.element_ty)
+        if KEEP:
+            tl.store(p_y + there, y, mask=inside & (h > first))
+        if ACT:
+            y = y.to(tl.float32)
+            u = (y / (1 + tl.exp(-y))).to(p_u.dtype.element_ty)
+            tl.store(p_u + there, u, mask=inside & (h > first))
         above = here + (w3 * left + w4 * middle + w5 * right)
         here = w0 * left + w1 * middle + w2 * right
 
@@ -161,34 +168,38 @@ def backward_kernel(
 
 
 @functools.lru_cache(maxsize=64)
-def constants_of(channels: int, columns: int, block: int) -> Constants:
+def constants_of(channels: int, columns: int, block: int, **more) -> Constants:
     """Constants of both kernels."""
-    return Constants(C=channels, BW=columns, BC=block, num_warps=4)
+    return Constants(C=channels, BW=columns, BC=block, num_warps=4, **more)
 
 
 @functools.lru_cache(maxsize=1024)
-def divide(shape: torch.Size, tile: int, device: torch.device) -> tuple[dict, tuple, int]:
-    """Constants, the grid (maps by columns by channels, strips of rows), and the rows of a strip."""
+def divide(shape: torch.Size, tile: int, device: torch.device, **more) -> tuple[dict, tuple, int]:
+    """Constants (and ``more``), the grid (maps by columns by channels, strips of rows), rows of a strip."""
     batch, height, width, channels = shape
     block = MAX_CHANNELS
     while block > 32 and channels % block:
         block //= 2
-    constants = constants_of(channels, tile // block, block)
+    constants = constants_of(channels, tile // block, block, **more)
     programs = batch * ceil_div(width, constants['BW']) * ceil_div(channels, block)
     strips = ceil_div(FILL * multiprocessors(device), programs)
     rows = max(min(MIN_ROWS, height), ceil_div(height, strips))
     return constants, (programs, ceil_div(height, rows), 1), rows
 
 
-def forward(x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution of x [B, H, W, C]."""
+def forward(x: Tensor, weight: Tensor, act: bool = False, keep: bool = True) -> tuple[Tensor, Tensor]:
+    """The convolution y of x [B, H, W, C], and u = silu(y) with ``act``, else y again.
+
+    ``keep``: whether y is needed besides u; else it is u again. ViG-T's silu so costs no pass of its own.
+    """
     x, weight = x.contiguous(), weight.contiguous()
-    y = torch.empty_like(x)
-    if y.numel():
-        constants, grid, rows = divide(x.shape, TILE, x.device)
-        arguments = (x, weight, y, *x.shape[1:3], rows)
-        launch(forward_kernel, compile_key(x, weight, y), grid, arguments, constants)
-    return y
+    u = torch.empty_like(x)
+    y = torch.empty_like(x) if act and keep else u
+    if u.numel():
+        constants, grid, rows = divide(x.shape, TILE, x.device, ACT=act, KEEP=keep or not act)
+        arguments = (x, weight, y, u, *x.shape[1:3], rows)
+        launch(forward_kernel, compile_key(x, weight, y, u), grid, arguments, constants)
+    return y, u
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,9 +216,10 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return dx, dw
 
 
-dwconv3x3_op = operator(
-    'dwconv3x3(Tensor x, Tensor weight) -> Tensor', lambda x, weight: x.new_empty(x.shape)
-)(forward)
+@operator('dwconv3x3(Tensor x, Tensor weight) -> Tensor', lambda x, weight: x.new_empty(x.shape))
+def dwconv3x3_op(x: Tensor, weight: Tensor) -> Tensor:
+    """:func:`mmvig.ops.dwconv.dwconv3x3` by Triton; arguments are validated."""
+    return forward(x, weight)[0]
 
 
 @operator(
