@@ -58,7 +58,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
             'states': (1, 2),
             'walk': (1, 3) if mode == 'tf32' else (2, 3),
             'back_walk': (2, 3),
-            'short_back_walk': (1, 2, 128),
+            'short_back_walk': (2, 3) if mode == 'tf32x3' else (1, 2, 128),
             'output': (2, 2) if block_v > 32 else (4, 3, 160) if half else (4, 1, 168),
             'gradient': (2, 2),
         }
