@@ -343,7 +343,7 @@ def test_compiles_for_no_length():
             len(cache[0]) for name in names for cache in getattr(kernels, name).device_caches.values()
         )
 
-    for num_tokens in (1, 70, 1500, 3000, 5000):  # one chunk, a walk, and all kinds of scan
+    for num_tokens in (1, 70, 500, 1500, 3000, 5000):  # one chunk, all kinds of walk and of scan
         run(make_inputs(num_tokens, heads=3, dtype=torch.bfloat16), 'triton')
     before = compiled()
     for i in range(50):
