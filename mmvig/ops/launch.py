@@ -57,18 +57,21 @@ def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: Constants) -
         kernel: a Triton kernel whose parameters are ``args``, then ``constants``.
         key: what it is compiled for besides ``constants``, the device first; () if Triton must look.
         grid: three numbers of programs.
-        args: its arguments.
+        args: its arguments, tensors first.
         constants: its constants.
     """
     found = constants.compiled.get((kernel.fn, key))
     if found:
-        run, before, values = found
-        run(*grid, torch._C._cuda_getCurrentRawStream(key[0].index), *before, *args, *values)
+        run, before, tensors, values = found
+        stream = torch._C._cuda_getCurrentRawStream(key[0].index)
+        # Addresses, as the launcher would look each up with the driver; compile_key() has seen the devices.
+        run(*grid, stream, *before, *map(Tensor.data_ptr, args[:tensors]), *args[tensors:], *values)
         return
     compiled = kernel[grid](*args, **constants)
     if FAST_LAUNCH and key:
         values = [constants[name] for name in kernel.arg_names if name in constants]
-        constants.compiled[kernel.fn, key] = *_launcher(compiled), values
+        tensors = sum(isinstance(x, Tensor) for x in args)
+        constants.compiled[kernel.fn, key] = *_launcher(compiled), tensors, values
 
 
 def _launcher(compiled) -> tuple[Callable, tuple]:
@@ -237,8 +240,13 @@ def empty_like_each(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def compile_key(*tensors: Tensor) -> tuple:
-    """The key for :func:`launch` of kernels that are compiled for no number among their arguments."""
+    """The key for :func:`launch` of kernels that are compiled for no number among their arguments.
+
+    () where Triton must look: at an address that is no multiple of 16, or a tensor elsewhere, which it
+    refuses.
+    """
+    device = tensors[0].get_device()
     for x in tensors:
-        if x.data_ptr() % 16:
+        if x.data_ptr() % 16 or x.get_device() != device:
             return ()
     return tensors[0].device, *[x.dtype for x in tensors]

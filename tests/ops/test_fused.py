@@ -400,6 +400,15 @@ def test_runs_on_the_tensors_device(name):
 
 
 @gpu
+def test_a_weight_elsewhere_is_refused():
+    x, weight = torch.randn(1, 8, 8, 32, device='cuda'), torch.randn(32, 1, 3, 3)
+    for _ in range(2):  # also once kernels are launched with addresses
+        dwconv3x3(x, weight.cuda(), backend='triton')
+        with pytest.raises(ValueError, match='cpu tensor'):
+            dwconv3x3(x, weight, backend='triton')
+
+
+@gpu
 @pytest.mark.parametrize('name', [name for name in CASES if 'scaled' not in name])  # its factors differ
 def test_more_elements_than_32_bits_count(name):
     case = CASES[name]
