@@ -224,11 +224,23 @@ class ViG(Backbone):
 
 
 def _resize(pos_embed: Tensor, height: int, width: int) -> Tensor:
-    """Position embedding of a square grid [1, n * n, C] -> [1, height, width, C]."""
+    """Position embedding of a square grid [1, n * n, C] -> [1, height, width, C], bicubic."""
     side = math.isqrt(pos_embed.shape[1])
-    grid = pos_embed.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(height, width), mode='bicubic', align_corners=False)
-    return grid.permute(0, 2, 3, 1)
+    grid = pos_embed.unflatten(1, (side, side))
+    if torch.compiler.is_compiling():  # by symbolic sizes
+        grid = F.interpolate(grid.permute(0, 3, 1, 2), (height, width), mode='bicubic', align_corners=False)
+        return grid.permute(0, 2, 3, 1)
+    # One axis after the other, with channels as columns: PyTorch's kernel for a GPU takes all channels of a
+    # pixel in one thread, which was 0.4 ms of ViG-T's 13.6 at 2048 x 2048, batch 8.
+    columns = _resize_rows(grid.transpose(1, 2), width).transpose(1, 2)
+    return _resize_rows(columns, height)
+
+
+def _resize_rows(grid: Tensor, rows: int) -> Tensor:
+    """[1, n, m, C] -> [1, rows, m, C]."""
+    image = grid.flatten(2)[:, None]
+    resized = F.interpolate(image, (rows, image.shape[3]), mode='bicubic', align_corners=False)
+    return resized[:, 0].unflatten(2, grid.shape[2:])
 
 
 def _is_other_grid(loaded: Tensor, own: Tensor) -> bool:

@@ -68,7 +68,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
             'walk': (2, 2),
             'back_walk': (2, 2),
             'short_back_walk': (2, 2),
-            'output': (4, 2),
+            'output': (4, 3) if mode == 'bf16' else (4, 2),
             'gradient': (2, 1),
         }
     else:
