@@ -45,7 +45,7 @@ TENSORS = INPUTS.count('Tensor')
 KEPT = (
     'Tensor? scale, Tensor? branch_scale, Tensor norm1_weight, Tensor? norm1_bias, Tensor conv, '
     'Tensor gate_bias, Tensor norm_long, Tensor norm_short, Tensor norm2_weight, Tensor? norm2_bias, '
-    'Tensor s, Tensor y, Tensor conved, Tensor u, Tensor wide, Tensor o, Tensor s2, Tensor y2, Tensor h, '
+    'Tensor s, Tensor y, Tensor conved, Tensor u, Tensor wide, Tensor o, Tensor s2, Tensor h, '
     'Tensor qkv, Tensor gate, Tensor down, Tensor up, Tensor up_bias, Tensor out, Tensor fc1, Tensor fc2'
 )
 OPTIONS = 'int heads, float eps, float mix_eps, bool conv_act, bool out_act'
@@ -143,8 +143,7 @@ def _fake_block(x, branch, *args):
     return (
         x.new_empty(x.shape), low(*x.shape), none if branch is None else x.new_empty(x.shape),
         low(*x.shape), low(*x.shape) if conv_act else low(0), low(rows, channels),
-        low(rows, 3 * channels + down.shape[0]), low(rows, channels), low(*x.shape),
-        low(rows, 2 * fc2.shape[1]),
+        low(rows, 3 * channels + down.shape[0]), low(rows, channels), low(rows, 2 * fc2.shape[1]),
     )  # fmt: skip
 
 
@@ -185,7 +184,7 @@ def forward(
         del z
         h = torch.mm(y.view(-1, channels), w_1)
         if keep:
-            kept += y, h
+            kept.append(h)
         del y
         z = torch.mm(swiglu.activate(h), w_2).view_as(x)
     give_back(low)
@@ -193,7 +192,7 @@ def forward(
 
 
 @operator(
-    f'block({INPUTS}) -> ({", ".join(["Tensor"] * 10)})',
+    f'block({INPUTS}) -> ({", ".join(["Tensor"] * 9)})',
     _fake_block,
     inference=functools.partial(forward, False),
 )
@@ -212,8 +211,8 @@ def small_sizes(channels: int, rank: int, head_dim: int, rms1: bool, rms2: bool)
 
 def _fake_block_backward(dz, ds, scale, branch_scale, *rest):
     _, norm1_bias, _, _, norm_long, _, _, norm2_bias = rest[:8]
-    s, o, weight_dtype = rest[8], rest[13], rest[17].dtype
-    channels, hidden = s.shape[3], rest[16].shape[1] // 2
+    s, o, weight_dtype = rest[8], rest[13], rest[16].dtype
+    channels, hidden = s.shape[3], rest[15].shape[1] // 2
     rank = rest[12].shape[1] - 3 * channels
 
     def of_weight(*shape):
@@ -233,7 +232,7 @@ def _fake_block_backward(dz, ds, scale, branch_scale, *rest):
 )
 def block_backward_op(
     dz, ds, scale, branch_scale, norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short,
-    norm2_weight, norm2_bias, s, y, conved, u, wide, o, s2, y2, h,
+    norm2_weight, norm2_bias, s, y, conved, u, wide, o, s2, h,
     qkv, gate, down, up, up_bias, out, fc1, fc2, heads, eps, mix_eps, conv_act, out_act,
 ):  # fmt: skip
     """Gradients of :func:`block_op`: of x, the branch and the weights, the small ones in one vector."""
@@ -247,7 +246,10 @@ def block_backward_op(
         dh, activated = swiglu.activate_backward(torch.mm(dz, w_2), h)
         d_fc2 = of_weight(dz, activated, weight_dtype)
         del activated
+        # Computed again: kept, it would take 6 % of a training step's memory.
+        y2 = norm.forward(s2, None, None, norm2_weight, norm2_bias, eps, dtype, 'none', False)[1]
         d_fc1 = of_weight(dh, y2.view(-1, channels), weight_dtype)
+        del y2
         dy = torch.mm(dh, w_1)
         del dh
         ds, dz, d_norm2 = norm.backward(
@@ -304,10 +306,10 @@ def of_weight(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 def _keep(inputs, output):
     x, branch, scale, branch_scale, norm1_weight, norm1_bias, conv, qkv, gate, gate_bias = inputs[:10]
     down, up, up_bias, norm_long, norm_short, out, norm2_weight, norm2_bias, fc1, fc2 = inputs[10:TENSORS]
-    s2, _, s, y, conved, u, wide, o, y2, h = output
+    s2, _, s, y, conved, u, wide, o, h = output
     tensors = (
         scale, branch_scale, norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short,
-        norm2_weight, norm2_bias, x if branch is None else s, y, conved, u, wide, o, s2, y2, h,
+        norm2_weight, norm2_bias, x if branch is None else s, y, conved, u, wide, o, s2, h,
         qkv, gate, down, up, up_bias, out, fc1, fc2,
     )  # fmt: skip
     return tensors, (*inputs[TENSORS:-1], branch is not None)
