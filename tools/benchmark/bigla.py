@@ -196,7 +196,7 @@ def plot(results: dict, path: Path) -> None:
             lines.setdefault((row['name'], family), []).append((tokens, row['forward'], row['training']))
     names = ['floor', *dict.fromkeys(name for name, _ in lines if name != 'floor')]
     families = list(dict.fromkeys(family for _, family in lines))
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharex=True, sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.5), sharex=True, sharey=True, layout='constrained')
     for (name, family), points in lines.items():
         tokens, *times = zip(*sorted(points), strict=True)
         color = 'black' if name == 'floor' else f'C{names.index(name) - 1}'
@@ -208,8 +208,7 @@ def plot(results: dict, path: Path) -> None:
         axis.set_xlabel('tokens of a sequence')
         axis.grid(True, which='both', alpha=0.2)
     axes[0].set_ylabel('ms')
-    axes[0].legend(fontsize='small')
-    figure.tight_layout()
+    axes[1].legend(fontsize='small', loc='center left', bbox_to_anchor=(1, 0.5))  # beside the lines
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
