@@ -53,13 +53,12 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     pair_mode = 'tf32x3' if dtype == torch.float32 else 'tf32'
     # Warps, stages of loads, and the most registers of each kernel.
     if block_k == 16:
-        half = mode == 'bf16'
         warps = {
             'states': (1, 2),
             'walk': (1, 3) if mode == 'tf32' else (2, 3),
             'back_walk': (2, 3),
             'short_back_walk': (2, 3) if mode == 'tf32x3' else (1, 2, 128),
-            'output': (2, 2) if block_v > 32 else (4, 3, 160) if half else (4, 1, 168),
+            'output': (2, 2) if block_v > 32 else (4, 3, 160) if mode == 'bf16' else (4, 1, 168),
             'gradient': (2, 2),
         }
     elif block_k == 32:
