@@ -51,7 +51,7 @@ KEPT = (
 OPTIONS = 'int heads, float eps, float mix_eps, bool conv_act, bool out_act'
 
 
-# Memory for weights in half precision that no block is using, by dtype, device, stream and widths.
+# Memory for weights in half precision that no block is using, by dtype, device and widths: one at most.
 _unused: dict[tuple, tuple] = {}
 
 
@@ -62,20 +62,22 @@ def borrow(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> tuple[tuple, tupl
     :func:`give_back` takes: until then the memory is the caller's, afterwards the stream's next block's.
     """
     device, widths = weights[0].device, (weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
-    key = dtype, device, current_stream(device), widths
+    key, stream = (dtype, device, widths), current_stream(device)
     capturing = device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
     low = None if capturing else _unused.pop(key, None)  # one step, for threads that share a stream
-    if low is None:
+    if low is None or low[1] != stream:
         with torch.inference_mode(False):
-            low = None if capturing else key, *_make(weights[0], dtype, *widths)
-    torch._foreach_copy_(low[1], weights)
-    return low, low[2]
+            low = None if capturing else key, stream, *_make(weights[0], dtype, *widths)
+    _, _, parts, views = low
+    torch._foreach_copy_(parts, weights)
+    return low, views
 
 
 def give_back(low: tuple) -> None:
     """Let others have the memory that :func:`borrow` has lent; that of a graph stays its own."""
-    if low[0]:
-        _unused[low[0]] = low
+    key = low[0]
+    if key:
+        _unused[key] = low
 
 
 def _make(like: Tensor, dtype: torch.dtype, *widths: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:

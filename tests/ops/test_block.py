@@ -179,6 +179,14 @@ def test_blocks_share_the_memory_of_half_weights(monkeypatch):
     with torch.no_grad():
         lent = [ops.borrow(torch.float32, weights)[1] for _ in range(2)]  # as by two threads
     assert lent[0][0].data_ptr() != lent[1][0].data_ptr()
+    with torch.no_grad():
+        low, views = ops.borrow(torch.float32, weights)
+        ops.give_back(low)
+        monkeypatch.setattr(ops, 'current_stream', lambda device: 1)
+        low, others = ops.borrow(torch.float32, weights)
+    assert others[0].data_ptr() != views[0].data_ptr()  # which another stream may still be reading
+    ops.give_back(low)
+    assert list(ops._unused.values()) == [low]
     for views in lent:
         torch.testing.assert_close(views[5], block.mlp.fc2.weight)
         torch.testing.assert_close(views[11], block.mlp.fc2.weight.T)
