@@ -227,7 +227,7 @@ def _resize(pos_embed: Tensor, height: int, width: int) -> Tensor:
     """Position embedding of a square grid [1, n * n, C] -> [1, height, width, C], bicubic."""
     side = math.isqrt(pos_embed.shape[1])
     grid = pos_embed.unflatten(1, (side, side))
-    if torch.compiler.is_compiling():  # by symbolic sizes
+    if torch.compiler.is_compiling():  # flattening would fix sizes that an export leaves open
         grid = F.interpolate(grid.permute(0, 3, 1, 2), (height, width), mode='bicubic', align_corners=False)
         return grid.permute(0, 2, 3, 1)
     # One axis after the other, with channels as columns: PyTorch's kernel for a GPU takes all channels of a

@@ -64,7 +64,7 @@ def launch(kernel, key: tuple, grid: tuple, args: tuple, constants: Constants) -
     if found:
         run, before, tensors, values = found
         stream = torch._C._cuda_getCurrentRawStream(key[0].index)
-        # Addresses, as the launcher would look each up with the driver; compile_key() has seen the devices.
+        # Addresses, as the launcher would look each up with the driver; the callers have seen the devices.
         run(*grid, stream, *before, *map(Tensor.data_ptr, args[:tensors]), *args[tensors:], *values)
         return
     compiled = kernel[grid](*args, **constants)
@@ -231,7 +231,7 @@ def _node(name: str, run: Callable, save: Callable | None, outputs: int | None) 
 
 # (tensor, shape, strides, start after the tensor's own) -> a view that autograd does not know of.
 # Inductor's as_strided, which takes half as long.
-part = torch._C._dynamo.guards._reinterpret_tensor
+strided_view = torch._C._dynamo.guards._reinterpret_tensor
 
 
 def empty_like_each(*tensors: Tensor) -> tuple[Tensor, ...]:

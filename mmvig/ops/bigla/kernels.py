@@ -307,6 +307,37 @@ def any_strong(p_sum, i, n, n_sums, K: tl.constexpr, BK: tl.constexpr, COUNT: tl
     return tl.min(both) < -SPAN
 
 
+@triton.jit
+def chunks_of_program(
+    p_sum, n_chunks, n_sums, H, CH, NV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    STRONG: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """First and end of a program's chunks among those of all sequences; STRONG: none if none needs it."""
+    if STRONG:
+        first = tl.program_id(0) * CH
+        end = tl.minimum(first + CH, n_sums)
+        if not EXACT:  # noqa: SIM102  the first is known when this is compiled
+            if not any_strong(p_sum, first, end - first, n_sums, K, BK, GROUP):
+                end = first
+    else:
+        i_bh = tl.program_id(2) * H + tl.program_id(1) // NV
+        first = i_bh * n_chunks + tl.program_id(0) * CH
+        end = tl.minimum(first + CH, (i_bh + 1) * n_chunks)
+    return first, end
+
+
+@triton.jit
+def sequence_of(i, n_chunks, H, NV: tl.constexpr, STRONG: tl.constexpr):
+    """Image, head and number of the sequence of chunk i; unless STRONG, the program's."""
+    if STRONG:
+        i_bh = i // n_chunks
+        return i_bh // H, i_bh % H, i_bh
+    else:
+        i_h = tl.program_id(1) // NV
+        i_b = tl.program_id(2)
+        return i_b, i_h, i_b * H + i_h
+
+
 # Integers that differ from call to call: Triton must not compile a kernel for their values.
 INTS = [
     *['N', 'H', 'CH', 'NS', 'n_states', 'n_sums', 'n_chunks'],
@@ -733,28 +764,14 @@ def output_kernel(
     n_chunks = tl.cdiv(N, BT)
     n_segments = tl.cdiv(n_chunks, NC)
     table = load_table(p_table, BALANCED, BT)
-    if STRONG:
-        first = tl.program_id(0) * CH
-        end = tl.minimum(first + CH, n_sums)
-        if not EXACT:  # noqa: SIM102  the first is known when this is compiled
-            if not any_strong(p_sum, first, end - first, n_sums, K, BK, GROUP):
-                end = first
-    else:
-        i_h = tl.program_id(1) // NV
-        i_b = tl.program_id(2)
-        i_bh = i_b * H + i_h
-        first = i_bh * n_chunks + tl.program_id(0) * CH
-        end = tl.minimum(first + CH, (i_bh + 1) * n_chunks)
+    first, end = chunks_of_program(p_sum, n_chunks, n_sums, H, CH, NV, K, BK, STRONG, EXACT, GROUP)
     for j in range(0, end - first):
         i = first + j
         wanted = True
         if STRONG and not EXACT:
             wanted = any_strong(p_sum, i, 1, n_sums, K, BK, 1)
         if wanted:
-            if STRONG:
-                i_bh = i // n_chunks
-                i_b = i_bh // H
-                i_h = i_bh % H
+            i_b, i_h, i_bh = sequence_of(i, n_chunks, H, NV, STRONG)
             i_c = i - i_bh * n_chunks
             q_at = at(p_q, i_b, i_h, s_qb, s_qh, UNIT)
             k_at = at(p_k, i_b, i_h, s_kb, s_kh, UNIT)
@@ -901,28 +918,14 @@ def gradient_kernel(
     n_chunks = tl.cdiv(N, BT)
     table = load_table(p_table, BALANCED, BT)
     up_to = load_table(p_up_to, 0, BT)
-    if STRONG:
-        first = tl.program_id(0) * CH
-        end = tl.minimum(first + CH, n_states)
-        if not EXACT:  # noqa: SIM102  the first is known when this is compiled
-            if not any_strong(p_sum, first, end - first, n_states, K, BK, GROUP):
-                end = first
-    else:
-        i_h = tl.program_id(1)
-        i_b = tl.program_id(2)
-        i_bh = i_b * H + i_h
-        first = i_bh * n_chunks + tl.program_id(0) * CH
-        end = tl.minimum(first + CH, (i_bh + 1) * n_chunks)
+    first, end = chunks_of_program(p_sum, n_chunks, n_states, H, CH, 1, K, BK, STRONG, EXACT, GROUP)
     for j in range(0, end - first):
         i = first + j
         wanted = True
         if STRONG and not EXACT:
             wanted = any_strong(p_sum, i, 1, n_states, K, BK, 1)
         if wanted:
-            if STRONG:
-                i_bh = i // n_chunks
-                i_b = i_bh // H
-                i_h = i_bh % H
+            i_b, i_h, i_bh = sequence_of(i, n_chunks, H, 1, STRONG)
             i_c = i - i_bh * n_chunks
             v_at = at(p_v, i_b, i_h, s_vb, s_vh, UNIT)
             o_at = at(p_o, i_b, i_h, s_ob, s_oh, UNIT)

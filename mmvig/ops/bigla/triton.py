@@ -55,6 +55,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     if block_k == 16:
         warps = {
             'states': (1, 2),
+            'back_states': (1, 2),
             'walk': (1, 3) if mode == 'tf32' else (2, 3),
             'back_walk': (2, 3),
             'short_back_walk': (2, 3) if mode == 'tf32x3' else (1, 2, 128),
@@ -64,6 +65,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     elif block_k == 32:
         warps = {
             'states': (4, 1),
+            'back_states': (2, 1),
             'walk': (2, 2),
             'back_walk': (2, 2),
             'short_back_walk': (2, 2),
@@ -71,7 +73,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
             'gradient': (2, 1),
         }
     else:
-        names = 'states', 'walk', 'back_walk', 'short_back_walk', 'output', 'gradient'
+        names = 'states', 'back_states', 'walk', 'back_walk', 'short_back_walk', 'output', 'gradient'
         warps = dict.fromkeys(names, (4, 1))
     warps = {
         name: dict(zip(('num_warps', 'num_stages', 'maxnreg'), numbers, strict=False))
@@ -89,7 +91,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
         'share': state_bytes / (chunk_bytes * chunks),
         'state_dtype': state_dtype,
         'states': {**blocks, 'PAIR_MODE': mode, **warps['states']},
-        'back_states': {**back, 'PAIR_MODE': pair_mode, **warps['states']},
+        'back_states': {**back, 'PAIR_MODE': pair_mode, **warps['back_states']},
         'walk': {**blocks, 'PAIR_MODE': mode, **warps['walk']},
         'back_walk': {**back, 'PAIR_MODE': pair_mode, **warps['back_walk']},
         'short_back_walk': {**back, 'PAIR_MODE': pair_mode, **warps['short_back_walk']},

@@ -190,7 +190,8 @@ def divide(shape: torch.Size, tile: int, device: torch.device, **more) -> tuple[
 def forward(x: Tensor, weight: Tensor, act: bool = False, keep: bool = True) -> tuple[Tensor, Tensor]:
     """The convolution y of x [B, H, W, C], and u = silu(y) with ``act``, else y again.
 
-    ``keep``: whether y is needed besides u; else it is u again. ViG-T's silu so costs no pass of its own.
+    ``keep``: whether y is needed besides u; else it is u again. ViG-T's silu so needs no pass of its own
+    (what that gains has not been measured apart).
     """
     x, weight = x.contiguous(), weight.contiguous()
     u = torch.empty_like(x)
