@@ -231,7 +231,7 @@ def test_broken_steps_are_found(module, value, shape, message):
 @pytest.mark.parametrize('power', [1, 2])
 def test_growth_finds_the_power(module, power):
     sides = {64: 4, 128: 1, 256: 1}
-    shared = {'status': 'ok', 'mode': 'eager', 'model': 'it', 'step': 'inference', 'dtype': 'fp32'}
+    shared = {'status': 'ok', 'mode': 'default', 'model': 'it', 'step': 'inference', 'dtype': 'fp32'}
     rows = [
         {**shared, 'pixels': batch * side**2, 'batch': batch, 'median': batch * float(side**2) ** power}
         for side, batch in sides.items()
@@ -249,7 +249,7 @@ def test_memory_running_out_ends_one_row(module, monkeypatch, tmp_path):
 
     monkeypatch.setattr(backbone, 'peak_memory', full)
     options = dict(device='cpu', seconds=0.01, peers_from='torchvision', backend='auto', profile=False)
-    args = argparse.Namespace(**options, compile=False, graph=False, cuda_graphs=False)
+    args = argparse.Namespace(**options, compile=False, graph=False, eager=False)
     benchmark = backbone.Benchmark(args, tmp_path / 'it.json')
     swin = backbone.choose(['Swin-T'])[0]
     benchmark.run(swin, backbone.Shape(1, 32, 32), 'fp32', ['inference'])

@@ -22,7 +22,7 @@ class Backbone(BaseModule):
         drop_path_rate: stochastic depth of the last block.
         frozen_stages: -1 freezes nothing, 0 the stem, i > 0 also the first i units.
         with_cp: whether the subclass recomputes its blocks in the backward pass.
-        cuda_graphs: how many kinds of input to run as CUDA graphs.
+        cuda_graphs: how many kinds of input to run as CUDA graphs, or 'auto'.
         init_cfg: mmengine's initialisation.
 
     Raises:
@@ -45,7 +45,7 @@ class Backbone(BaseModule):
         drop_path_rate: float,
         frozen_stages: int,
         with_cp: bool,
-        cuda_graphs: int,
+        cuda_graphs: int | str,
         init_cfg: dict | list[dict] | None,
     ):
         super().__init__(init_cfg=init_cfg)

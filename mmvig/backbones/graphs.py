@@ -6,16 +6,23 @@ parameters; and where it takes no ``capture_error_mode``, its captures fail if a
 """
 
 import functools
+import logging
+import threading
 import weakref
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mmvig.ops.choice import is_watched
 
 CALLS = 3  # the call with a kind of input that captures
+CALLS_IN_A_ROW = 5  # with 'auto', and no other kind may come between
+WORTH = 50  # replays for which a capture was worth its time
 WARM_UPS = 3  # as many as PyTorch's own function runs before a capture
 PLAIN = frozenset((Tensor, nn.Parameter))
 
@@ -23,31 +30,38 @@ PLAIN = frozenset((Tensor, nn.Parameter))
 class Graphs:
     """The graphs of one backbone, one for each kind of input; a copied or unpickled one starts with none.
 
-    A kind is shape, dtype, training mode, whether gradients are recorded and the image gets one, and
-    autocast's dtype. The first ``limit`` kinds that are called CALLS times, while parameters stay the same
-    tensors in the same memory, are captured at the last of these calls and replayed from then on. Any other
-    call runs as without graphs, and so does
+    A kind is shape, dtype, training mode, whether gradients are recorded and the image gets one, autocast's
+    dtype, PyTorch's settings of precision, and thread and stream. With a number, the first that many kinds
+    that are called CALLS times are captured at the last of these calls and replayed from then on. With
+    'auto', a kind that comes CALLS_IN_A_ROW times in a row is, one with and one without gradients at a
+    time: a graph goes when another kind takes its place, or comes while memory is short. Nothing is
+    captured so where several processes train, since DDP would send gradients later, or if it fails, which
+    is logged. Any other call runs as without graphs, and so does
 
     - one before the backward pass of the last replay, unless the maps of that are gone;
-    - one with hooks on submodules, on a CPU, in torch.compile, a tracer, torch.func or another capture.
+    - one with hooks on submodules or of saved tensors, in anomaly mode, on a CPU, in torch.compile, a
+      tracer, torch.func or another capture.
 
-    Where parameters have moved, or have been replaced or frozen, a graph is dropped, and made anew after
-    as many calls. Changed values are seen, other changes (DropPath's rate, PyTorch's settings) are not.
-    DropPath draws anew in each replay. Maps and gradients are the caller's own memory. The maps of a replay
-    allow one backward pass, and one that is not used gives gradients of zero instead of none. One thread
-    and stream at a time may call a backbone with graphs, and FSDP may not wrap parts of it.
+    Where DropPath's rates have changed, or parameters have moved, been replaced or frozen, a graph is
+    dropped, and made anew after as many calls. Changed values are seen. DropPath draws as without graphs.
+    Maps and gradients are the caller's own memory. A second backward pass through the maps of a replay, or
+    one that does not use all of them, recomputes them, and the kind gets no graph again. FSDP may not wrap
+    parts of a backbone that is given a number.
 
     Args:
-        limit: the most kinds, 0 for no graphs.
+        limit: the most kinds, 0 for no graphs, or 'auto'.
         with_cp: whether the backbone recomputes its blocks, which no graph can.
 
     Raises:
-        ValueError: the limit is no int of at least 0, or meets ``with_cp``.
+        ValueError: the limit is neither 'auto' nor an int of at least 0, or is a number of graphs and
+            meets ``with_cp``.
     """
 
-    def __init__(self, limit: int, with_cp: bool = False):
-        if type(limit) is not int or limit < 0:
-            raise ValueError(f'cuda_graphs must be an int of at least 0, got {limit!r}')
+    def __init__(self, limit: int | str, with_cp: bool = False):
+        if limit != 'auto' and (type(limit) is not int or limit < 0):
+            raise ValueError(f"cuda_graphs must be 'auto' or an int of at least 0, got {limit!r}")
+        if limit == 'auto' and with_cp:
+            limit = 0
         if limit and with_cp:
             raise ValueError(
                 'cuda_graphs and with_cp exclude each other: blocks are not recomputed in a graph'
@@ -56,6 +70,8 @@ class Graphs:
         self._graphs: dict[tuple, _Graph] = {}
         self._state: tuple | None = None
         self._calls: Counter = Counter()  # by kind of input, since the state is this one
+        self._runs = _Run(), _Run()  # without and with gradients
+        self._refused: set[tuple] = set()
 
     def __reduce__(self):
         return Graphs, (self.limit,)
@@ -65,11 +81,25 @@ class Graphs:
         # The first two in this order: torch.compile must meet nothing else.
         if not self.limit or torch.compiler.is_compiling() or not _is_plain(x):
             return backbone._compute(x)
+        if self.limit == 'auto' and _is_distributed():
+            return backbone._compute(x)
+        kind = _kind_of(backbone, x)
+        graph = self._graphs.get(kind)
+        if graph is not None and graph.is_refused:
+            del self._graphs[kind]
+            self._refused.add(kind)
+        if kind in self._refused:
+            return backbone._compute(x)
+        graph = (self._of_run if self.limit == 'auto' else self._of_places)(backbone, x, kind)
+        if graph is None or graph.is_needed():
+            return backbone._compute(x)
+        return graph(backbone, x)
+
+    def _of_places(self, backbone: nn.Module, x: Tensor, kind: tuple) -> '_Graph | None':
+        """A kind's graph where the number of graphs is given."""
         state = _state_of(backbone)
         if state is None:
-            return backbone._compute(x)
-        autocast = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
-        kind = x.shape, x.dtype, backbone.training, x.requires_grad, torch.is_grad_enabled(), autocast
+            return None
         graph = self._graphs.get(kind)
         if graph is not None and graph.state != state:
             del self._graphs[kind]
@@ -79,16 +109,94 @@ class Graphs:
                 self._state, self._calls = state, Counter()
             self._calls[kind] += 1
             if self._calls[kind] >= CALLS:
-                graph = self._graphs[kind] = _Graph(backbone, x, state, autocast)
-        if graph is None or graph.is_needed():
-            return backbone._compute(x)
-        return graph(x)
+                graph = self._graphs[kind] = _Graph(backbone, x, state)
+        return graph
+
+    def _of_run(self, backbone: nn.Module, x: Tensor, kind: tuple) -> '_Graph | None':
+        """A kind's graph with 'auto'."""
+        run, graph = self._runs[kind[0]], self._graphs.get(kind)
+        if kind != run.kind:
+            run.kind, run.calls = kind, 0
+            if graph is None and self._graphs and not _has_room(x.device, self._graphs.values()):
+                self._drop(*self._graphs)
+        run.calls += 1
+        if graph is None and run.calls < run.patience - 1:
+            return None
+        state, before = _state_of(backbone), run.state
+        if graph is not None and graph.state == state:
+            graph.replays += 1
+            return graph
+        run.state = state
+        if graph is not None:
+            self._drop(kind)
+            run.calls = 1
+        elif run.calls >= run.patience and state is not None and state == before:
+            self._drop(*[other for other in self._graphs if other[0] == kind[0]])
+            try:
+                graph = self._graphs[kind] = _Graph(backbone, x, state)
+                return graph
+            except RuntimeError as error:  # as where memory is short; nobody asked for graphs
+                self.limit = 0
+                message = f'cuda_graphs: none from here on, since a capture failed: {error}'
+                print_log(message, 'current', logging.WARNING)
+        return None
+
+    def _drop(self, *kinds: tuple) -> None:
+        """Give up graphs; the next takes longer to come if they were of little use."""
+        for kind in kinds:
+            run, graph = self._runs[kind[0]], self._graphs.pop(kind)
+            run.patience = CALLS_IN_A_ROW if graph.replays >= WORTH else 2 * run.patience
+
+
+@dataclass
+class _Run:
+    """Calls with one kind of input in a row."""
+
+    kind: tuple | None = None
+    calls: int = 0
+    state: tuple | None = None  # after the last call but one that a capture takes
+    patience: int = CALLS_IN_A_ROW
 
 
 def _is_plain(x: Tensor) -> bool:
+    if type(x) not in PLAIN or not x.is_cuda or is_watched() or torch.cuda.is_current_stream_capturing():
+        return False
+    return not torch.is_grad_enabled() or not (torch.is_anomaly_enabled() or _has_saved_tensors_hooks())
+
+
+def _has_saved_tensors_hooks() -> bool:
+    """As of activation checkpointing."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks('there are some'):
+            return False
+    except RuntimeError:
+        return True
+
+
+def _is_distributed() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _has_room(device: torch.device, graphs: Iterable['_Graph']) -> bool:
+    """Whether passes without graphs find memory next to what graphs hold, for two as large as theirs."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused >= 3 * sum(graph.size for graph in graphs)
+
+
+def _kind_of(backbone: nn.Module, x: Tensor) -> tuple:
+    """What decides which graph a call can replay, whether gradients are recorded first."""
+    cudnn = torch.backends.cudnn
     return (
-        type(x) in PLAIN and x.is_cuda and not is_watched() and not torch.cuda.is_current_stream_capturing()
-    )
+        torch.is_grad_enabled(), x.shape, x.dtype, x.requires_grad, backbone.training, _autocast_dtype(),
+        threading.get_ident(), torch.cuda.current_stream(x.device).cuda_stream,
+        torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
+        cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic,
+    )  # fmt: skip
+
+
+def _autocast_dtype() -> torch.dtype | None:
+    return torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
 
 
 def _state_of(backbone: nn.Module) -> tuple[list, list] | None:
@@ -107,7 +215,7 @@ def _state_of(backbone: nn.Module) -> tuple[list, list] | None:
                 return None
             if module._backward_hooks or module._backward_pre_hooks:
                 return None
-            modules += module, module.training
+            modules += module, module.training, getattr(module, 'rate', None)
         for members in (module._parameters, module._buffers):
             for tensor in members.values():
                 if tensor is None:
@@ -136,41 +244,38 @@ class _Body(nn.Module):
 class _Graph:
     """The forward pass for one kind of input as a graph, and if anything is learned, the backward pass."""
 
-    def __init__(self, backbone: nn.Module, x: Tensor, state: tuple, autocast: torch.dtype | None):
+    def __init__(self, backbone: nn.Module, x: Tensor, state: tuple):
         parameters = dict(backbone.named_parameters(prefix='backbone'))
-        learns = torch.is_grad_enabled() and any(p.requires_grad for p in (x, *parameters.values()))
-        with torch.autograd.graph.disable_saved_tensors_hooks(  # raises where there are some
-            'activation checkpointing and other hooks of saved tensors allow no capture; set cuda_graphs=0'
-        ):
-            pass
         self.state = state
-        self.learns = learns
+        self.learns = torch.is_grad_enabled() and any(p.requires_grad for p in (x, *parameters.values()))
+        self.replays = 0
+        self.is_refused = False  # a pass came that graphs cannot do
+        self._autocast = _autocast_dtype()
         self._node: weakref.ref | None = None
-        with (
-            torch.cuda.device(x.device),
-            torch.inference_mode(False),
-            torch.set_grad_enabled(learns),
-            torch.autocast('cuda', enabled=False),  # backward passes run without
-        ):
-            self._capture(_Body(backbone, autocast), parameters, x)
-
-    def _capture(self, body: _Body, parameters: dict[str, nn.Parameter], x: Tensor) -> None:
         # Leaves of our own: those of the parameters may belong to a stream that takes no part in a capture.
-        weights = {
+        self._weights = {
             name: p.detach().requires_grad_(p.requires_grad and self.learns)
             for name, p in parameters.items()
         }
-        self._memory = [weight.untyped_storage() for weight in weights.values()]
+        with (
+            torch.cuda.device(x.device),
+            torch.inference_mode(False),
+            torch.set_grad_enabled(self.learns),
+            torch.autocast('cuda', enabled=False),  # backward passes run without
+        ):
+            self._capture(_Body(backbone, self._autocast), parameters, x)
+
+    def _capture(self, body: _Body, parameters: dict[str, nn.Parameter], x: Tensor) -> None:
         self._x = torch.empty_like(x, memory_format=torch.channels_last).copy_(x.detach())
         self._x.requires_grad_(x.requires_grad and self.learns)
-        sources = [(x, self._x), *((parameters[name], weight) for name, weight in weights.items())]
+        sources = [(x, self._x), *((parameters[name], weight) for name, weight in self._weights.items())]
         sources = [(source, leaf) for source, leaf in sources if leaf.requires_grad]
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), torch.random.fork_rng([x.device]):
             for _ in range(WARM_UPS):
-                maps = torch.func.functional_call(body, weights, (self._x,))
+                maps = torch.func.functional_call(body, self._weights, (self._x,))
                 if not self.learns:
                     continue
                 learning = [y for y in maps if y.requires_grad]
@@ -181,6 +286,9 @@ class _Graph:
                     pair for pair, gradient in zip(sources, found, strict=True) if gradient is not None
                 ]
         torch.cuda.current_stream().wait_stream(stream)
+        maps = learning = found = None
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
 
         # Not the mode 'global': other threads may pin memory for the next batches.
         pool = torch.cuda.graph_pool_handle()
@@ -189,24 +297,25 @@ class _Graph:
         )
         self._forward = torch.cuda.CUDAGraph()
         with capture(self._forward):
-            maps = torch.func.functional_call(body, weights, (self._x,))
+            maps = torch.func.functional_call(body, self._weights, (self._x,))
         if self.learns:
             self._backward = torch.cuda.CUDAGraph()
             learning = [y for y in maps if y.requires_grad]
-            leaves = [leaf for _, leaf in sources]
+            self._leaves = [leaf for _, leaf in sources]
             with capture(self._backward):
-                self._gradients = torch.autograd.grad(learning, leaves, self._given)
+                self._gradients = torch.autograd.grad(learning, self._leaves, self._given)
             self._parameters = [source for source, leaf in sources if leaf is not self._x]
         self._is_learning = [y.requires_grad for y in maps]
         self._maps = [y.detach() for y in maps]
+        self.size = torch.cuda.memory_reserved() - before  # bytes that nothing else can use
 
     def is_needed(self) -> bool:
         """Whether a backward pass may still come that needs what the last forward pass has left."""
         return self._node is not None and self._node() is not None
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, backbone: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
         """The maps; nothing else writes to their memory."""
-        return _Replay.apply(self, x, *self._parameters) if self.learns else self.forward(x)
+        return _Replay.apply(self, backbone, x, *self._parameters) if self.learns else self.forward(x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The same without gradients."""
@@ -219,31 +328,56 @@ class _Graph:
         self._node = weakref.ref(node)
         return [y for y, learning in zip(maps, self._is_learning, strict=True) if not learning]
 
+    def versions(self) -> list[int]:
+        """How often each weight has been changed."""
+        return [weight._version for weight in self._weights.values()]
+
     def backward(
-        self, node: torch.autograd.function.FunctionCtx, given: tuple[Tensor, ...]
+        self, node: torch.autograd.function.FunctionCtx, given: tuple[Tensor | None, ...]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of the image and the parameters from those of the maps."""
-        if not self.is_needed() or self._node() is not node:
-            raise RuntimeError(
-                'maps of a CUDA graph allow one backward pass; set cuda_graphs=0 for another'
-            )
-        self._node = None
+        if node.versions != self.versions():
+            raise RuntimeError('weights have been changed in place between a forward and its backward pass')
         given = [g for g, learning in zip(given, self._is_learning, strict=True) if learning]
-        torch._foreach_copy_(self._given, given)
-        self._backward.replay()
-        gradients = torch._foreach_mul(self._gradients, 1)  # copies: parameters keep what they are given
+        is_last = self._node is not None and self._node() is node
+        if is_last:
+            self._node = None
+        if is_last and all(g is not None for g in given):
+            torch._foreach_copy_(self._given, given)
+            self._backward.replay()
+            gradients = torch._foreach_mul(self._gradients, 1)  # copies: parameters keep what they get
+        else:
+            self.is_refused = True
+            gradients = self._recompute(node, given)
         return tuple(gradients) if self._x.requires_grad else (None, *gradients)
+
+    def _recompute(
+        self, node: torch.autograd.function.FunctionCtx, given: list[Tensor | None]
+    ) -> tuple[Tensor | None, ...]:
+        """What :meth:`backward` gives where the graphs cannot: after one already, or not from all maps."""
+        (x,) = node.saved_tensors
+        x = x.detach().requires_grad_(self._x.requires_grad)
+        with torch.random.fork_rng([x.device]), torch.enable_grad(), torch.autocast('cuda', enabled=False):
+            torch.cuda.set_rng_state(node.random_state, x.device)
+            maps = torch.func.functional_call(_Body(node.backbone, self._autocast), self._weights, (x,))
+            pairs = zip([y for y in maps if y.requires_grad], given, strict=True)
+            outputs, given = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
+            leaves = [x if leaf is self._x else leaf for leaf in self._leaves]
+            return torch.autograd.grad(outputs, leaves, given, allow_unused=True)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, graph: _Graph, x: Tensor, *parameters: Tensor):
-        ctx.graph = graph
+    def forward(ctx, graph: _Graph, backbone: nn.Module, x: Tensor, *parameters: Tensor):
+        ctx.graph, ctx.backbone, ctx.versions = graph, backbone, graph.versions()
+        ctx.random_state = torch.cuda.get_rng_state(x.device)
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
         maps = graph.forward(x)
         ctx.mark_non_differentiable(*graph.open(ctx, maps))
         return maps
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *given: Tensor):
-        return None, *ctx.graph.backward(ctx, given)
+    def backward(ctx, *given: Tensor | None):
+        return None, None, *ctx.graph.backward(ctx, given)

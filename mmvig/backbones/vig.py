@@ -71,8 +71,9 @@ class ViG(Backbone):
         frozen_stages: -1 freezes nothing, 0 the stem and the position embedding, i > 0 also the first i
             blocks with their output norms (no gradient, evaluation mode). Default: -1.
         with_cp: recompute each block in the backward pass to save memory. Default: False.
-        cuda_graphs: how many input shapes to run as CUDA graphs, for inputs of fixed size
-            (:mod:`mmvig.backbones.graphs`); 0 for none, as with_cp needs. Default: 0.
+        cuda_graphs: which inputs to run as CUDA graphs (:mod:`mmvig.backbones.graphs`). 'auto': of a shape
+            that comes several times in a row. A number: of that many shapes; with_cp takes none.
+            Default: 'auto'.
         backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; all else in a block is on fused kernels with
             'triton', and with 'auto' where they can run. Default: 'auto'.
         init_cfg: mmengine's initialisation. ``dict(type='Pretrained', checkpoint=FILE)`` takes official
@@ -102,7 +103,7 @@ class ViG(Backbone):
         drop_path_rate: float | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
-        cuda_graphs: int = 0,
+        cuda_graphs: int | str = 'auto',
         backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
     ):

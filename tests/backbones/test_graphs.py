@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from mmvig.backbones import ViG, ViGH
-from mmvig.backbones.graphs import CALLS
+from mmvig.backbones import ViG, ViGH, graphs
+from mmvig.backbones.graphs import CALLS, CALLS_IN_A_ROW, WORTH
 
 ARCHS = {
     ViGH: {'embed_dims': 32, 'depths': [1, 1, 1, 1], 'num_heads': [1, 2, 4, 8]},
@@ -63,9 +63,9 @@ def infer(model, x):
         return model(x)
 
 
-def warm(model, x, step=train_step):
+def warm(model, x, step=train_step, calls=CALLS):
     """Call until the graph is there and has been replayed; the list of eager calls is empty then."""
-    for _ in range(CALLS):
+    for _ in range(calls):
         step(model, x)
     model.calls.clear()
 
@@ -85,10 +85,10 @@ def deterministic(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
 
 
-@pytest.mark.parametrize('value', [-1, 1.0, True, '1', None])
+@pytest.mark.parametrize('value', [-1, 1.0, True, '1', None, 'always'])
 @every_family
 def test_bad_numbers_are_named(family, value):
-    with pytest.raises(ValueError, match='cuda_graphs must be an int of at least 0, got'):
+    with pytest.raises(ValueError, match="cuda_graphs must be 'auto' or an int of at least 0, got"):
         make(family, value, device='cpu')
 
 
@@ -96,6 +96,12 @@ def test_bad_numbers_are_named(family, value):
 def test_recomputed_blocks_are_refused(family):
     with pytest.raises(ValueError, match='cuda_graphs and with_cp exclude each other'):
         make(family, with_cp=True, device='cpu')
+    assert make(family, 'auto', with_cp=True, device='cpu')._graphs.limit == 0
+
+
+@every_family
+def test_auto_is_the_default(family):
+    assert family(ARCHS[family])._graphs.limit == 'auto'
 
 
 @every_family
@@ -136,6 +142,107 @@ def test_copies_start_without_graphs():
     model = make(device='cpu')
     model._graphs._graphs['kind'] = lambda: None  # cannot be pickled either
     assert_copies_start_without(model, images(device='cpu'))
+
+
+class FakeGraph:
+    """A graph that computes as without one, and counts."""
+
+    def __init__(self, backbone, x, state):
+        self.state, self.size, self.replays, self.is_refused = state, 1, 0, False
+
+    def is_needed(self):
+        return False
+
+    def __call__(self, backbone, x):
+        return backbone._compute(x)
+
+
+class Policy:
+    """Which calls of a small model on a CPU capture, replay, or run eagerly."""
+
+    def __init__(self, monkeypatch):
+        self.has_room, self.fails = True, False
+        monkeypatch.setattr(graphs, '_is_plain', lambda x: True)
+        monkeypatch.setattr(graphs, '_kind_of', lambda model, x: (torch.is_grad_enabled(), x.shape))
+        monkeypatch.setattr(graphs, '_has_room', lambda device, held: self.has_room)
+        monkeypatch.setattr(graphs, '_Graph', self.make)
+        self.model = torch.nn.Linear(1, 1)
+        self.model.inner = torch.nn.Linear(1, 1)
+        self.model._compute = lambda x: (x,)
+        self.graphs = graphs.Graphs('auto')
+
+    def make(self, *args):
+        if self.fails:
+            raise torch.cuda.OutOfMemoryError('out of memory')
+        return FakeGraph(*args)
+
+    def call(self, times, size=1):
+        """'e', 'c' or 'r' for each call."""
+        log = ''
+        for _ in range(times):
+            before = {kind: graph.replays for kind, graph in self.graphs._graphs.items()}
+            self.graphs.run(self.model, torch.zeros(size))
+            now = self.graphs._graphs
+            kind = torch.is_grad_enabled(), torch.Size([size])
+            log += 'e' if kind not in now else 'c' if kind not in before else 'r'
+        return log
+
+
+@pytest.fixture
+def policy(monkeypatch):
+    return Policy(monkeypatch)
+
+
+def test_auto_captures_what_comes_in_a_row(policy):
+    assert policy.call(CALLS_IN_A_ROW + 2) == 'e' * (CALLS_IN_A_ROW - 1) + 'crr'
+    for size in (2, 3) * CALLS_IN_A_ROW:
+        assert policy.call(1, size) == 'e'
+    assert policy.call(1) == 'r'  # the last batch of an epoch may be smaller
+    with torch.no_grad():  # validation has a graph of its own
+        assert policy.call(CALLS_IN_A_ROW, 4)[-1] == 'c'
+    assert policy.call(1) == 'r' and len(policy.graphs._graphs) == 2
+
+
+def test_auto_replaces_a_graph(policy):
+    policy.call(CALLS_IN_A_ROW + WORTH)
+    assert policy.call(CALLS_IN_A_ROW, 2)[-2:] == 'ec' and len(policy.graphs._graphs) == 1
+
+
+def test_auto_waits_longer_after_a_capture_in_vain(policy):
+    policy.call(CALLS_IN_A_ROW)
+    assert policy.call(CALLS_IN_A_ROW, 2)[-1] == 'c'
+    assert policy.call(2 * CALLS_IN_A_ROW, 3) == 'e' * (2 * CALLS_IN_A_ROW - 1) + 'c'
+
+
+def test_auto_gives_memory_back(policy):
+    policy.call(CALLS_IN_A_ROW)
+    policy.has_room = False
+    assert policy.call(1, 2) == 'e' and not policy.graphs._graphs
+
+
+def test_auto_sees_changes(policy):
+    policy.call(CALLS_IN_A_ROW + 1)
+    policy.model.inner.weight.requires_grad_(False)
+    assert policy.call(1) == 'e'
+    policy.model.inner.register_forward_hook(lambda *_: None)
+    assert policy.call(5 * CALLS_IN_A_ROW) == 'e' * 5 * CALLS_IN_A_ROW
+
+
+def test_auto_goes_on_without_where_a_capture_fails(policy, caplog):
+    policy.fails = True
+    assert policy.call(2 * CALLS_IN_A_ROW) == 'e' * 2 * CALLS_IN_A_ROW
+    assert policy.graphs.limit == 0
+
+
+def test_auto_leaves_distributed_training_alone(policy, monkeypatch):
+    monkeypatch.setattr(graphs, '_is_distributed', lambda: True)
+    assert policy.call(2 * CALLS_IN_A_ROW) == 'e' * 2 * CALLS_IN_A_ROW
+
+
+def test_refused_kinds_stay_without(policy):
+    policy.call(CALLS_IN_A_ROW)
+    next(iter(policy.graphs._graphs.values())).is_refused = True
+    assert policy.call(2 * CALLS_IN_A_ROW) == 'e' * 2 * CALLS_IN_A_ROW
 
 
 # On a GPU from here on.
@@ -412,26 +519,127 @@ def test_passes_without_a_backward_pass_do_not_block():
     assert not model.calls
 
 
+def close(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        assert a is None or torch.equal(a, e) or (a - e).abs().max() <= 1e-4 * e.abs().max()
+
+
 @gpu
-def test_second_backward_pass_is_refused():
+def test_second_backward_pass(deterministic):
+    """With DropPath as it was drawn, also after another forward pass; then there is no graph."""
+    model, plain = make(drop_path_rate=0.5), make(cuda_graphs=0, drop_path_rate=0.5)
+    x = images(batch=8)
+    warm(model, x)
+    results = []
+    for each in (model, plain):
+        each.zero_grad(set_to_none=True)
+        torch.manual_seed(3)
+        loss, other = loss_of(each(x)), loss_of(each(x + 1))
+        loss.backward(retain_graph=True)
+        once = gradients(each)
+        loss.backward()
+        twice = gradients(each)
+        other.backward()
+        results.append([*once, *twice, *gradients(each)])
+    close(*results)
+    with pytest.raises(RuntimeError, match='second time'):
+        loss.backward()
+    model.calls.clear()
+    train_step(model, x)
+    assert model.calls
+
+
+@gpu
+def test_unused_maps(deterministic):
+    results = []
+    for model in (make(), make(cuda_graphs=0)):
+        warm(model, images())
+        model.zero_grad(set_to_none=True)
+        model(images())[1].sum().backward()
+        results.append(gradients(model))
+        assert model.norm3.weight.grad is None and model.norm1.bias.grad.any()
+    close(*results)
+
+
+@gpu
+def test_weights_changed_before_the_backward_pass_are_refused():
     model = make()
     warm(model, images())
     loss = loss_of(model(images()))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match='allow one backward pass'):
+    change_weights(model)
+    with pytest.raises(RuntimeError, match='changed in place'):
         loss.backward()
-    train_step(model, images())
-    assert not model.calls
 
 
 @gpu
-def test_unused_maps():
-    model = make()
-    warm(model, images())
-    model.zero_grad(set_to_none=True)
-    model(images())[1].sum().backward()
-    assert not model.calls and not model.norm3.weight.grad.any()
-    assert model.norm1.bias.grad.any()
+@pytest.mark.parametrize('dtype', [None, torch.float16])
+def test_auto_trains_as_eager(dtype, deterministic):
+    """With DropPath's random numbers, and a smaller batch and a validation in between."""
+    model, plain = make(cuda_graphs='auto', drop_path_rate=0.5), make(cuda_graphs=0, drop_path_rate=0.5)
+    results = []
+    for each in (model, plain):
+        torch.manual_seed(7)
+        maps = []
+        for step in range(CALLS_IN_A_ROW + 4):
+            maps += train_step(each, images(step), dtype)
+            if step == CALLS_IN_A_ROW:
+                each.calls.clear()
+                maps += train_step(each, images(batch=1), dtype)
+                maps += infer(each, images(side=96))
+            change_weights(each)
+        results.append([*maps, *each.parameters(), torch.cuda.get_rng_state()])
+    assert len(model.calls) == 2
+    assert_same(*results)
+
+
+@gpu
+@pytest.mark.parametrize('mode', ['checkpoint', 'anomaly'])
+def test_auto_runs_eagerly_where_passes_are_watched(mode):
+    model = make(cuda_graphs='auto')
+    warm(model, images(), calls=CALLS_IN_A_ROW + 1)
+    if mode == 'checkpoint':
+        maps = torch.utils.checkpoint.checkpoint(model, images().requires_grad_(), use_reentrant=False)
+        loss_of(maps).backward()
+        assert len(model.calls) == 2
+    else:
+        with torch.autograd.detect_anomaly(check_nan=False):
+            train_step(model, images())
+        assert len(model.calls) == 1
+
+
+@gpu
+def test_auto_in_other_threads_and_streams():
+    model, plain = make(cuda_graphs='auto').eval(), make(cuda_graphs=0).eval()
+    warm(model, images(), infer, CALLS_IN_A_ROW + 1)
+    results = {}
+
+    def work(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for seed in range(20):
+                results[i, seed] = infer(model, images(seed + 100 * i))
+        torch.cuda.synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 60
+    for (i, seed), maps in results.items():
+        assert_same(maps, infer(plain, images(seed + 100 * i)))
+
+
+@gpu
+def test_auto_goes_on_after_a_capture_that_fails(deterministic):
+    """Since something waits for the GPU."""
+    model, plain = make(cuda_graphs='auto'), make(cuda_graphs=0)
+    compute = model._compute
+    model._compute = lambda x: [compute(x), x.sum().item()][0]
+    for step in range(CALLS_IN_A_ROW + 2):
+        assert_same(train_step(model, images(step)), train_step(plain, images(step)))
+        assert_same(gradients(model), gradients(plain))
+    assert model._graphs.limit == 0
 
 
 @gpu

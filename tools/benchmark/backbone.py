@@ -14,8 +14,8 @@ at most twice that of the chunked backend in the same precision. All must have m
 finite maps and gradients. Otherwise no time is reported. `models.py` says what a model is here.
 
 Times are medians, with the 10th and 90th percentile, of calls one after the other; "latency" waits for each
-call, "host" is the part of it until the call returns. "1.20 x Swin-T" is 1.20 times as fast as Swin-T;
-"replayed" is one of ours with cuda_graphs=1, next to the peers' eager calls.
+call, "host" is the part of it until the call returns. "1.20 x Swin-T" is 1.20 times as fast as Swin-T.
+Ours are as they come, so with CUDA graphs from the fifth call on; "eager" is without (cuda_graphs=0).
 
 Writes backbone.json after each row, and backbone.png (with --sweep, backbone_sweep.*). The exit status is 1
 if a row failed or was wrong; a row that ran out of memory, and an absent peer, only say so.
@@ -39,7 +39,7 @@ from common import DTYPES, machine, measure, megabytes, milliseconds, peak_memor
 from models import MODELS, SIDE_MULTIPLE, Absent, Entry, build, choose
 from steps import Wrong, capture, check_ours, check_step, kernels, make_step
 
-from mmvig.backbones.graphs import CALLS, Graphs
+from mmvig.backbones.graphs import CALLS_IN_A_ROW, Graphs
 from mmvig.engine.preflight import SetupError, one_line_errors
 from mmvig.ops.bigla import BACKENDS
 
@@ -137,8 +137,8 @@ class Benchmark:
                 row |= {'status': 'failed', 'reason': f'{type(error).__name__}: {error}'[:500]}
             if 'model' in state:
                 state['model'].zero_grad(set_to_none=True)
-                if mode == 'replayed':
-                    state['model']._graphs = Graphs(0)
+                if entry.ours:
+                    state['model']._graphs = Graphs('auto')
             release(self.device)
             self.rows.append(row)
             row['ratios'] = self.ratios(entry, row)
@@ -148,10 +148,10 @@ class Benchmark:
         release(self.device)
 
     def modes(self, entry: Entry, kind: str, shape: Shape) -> list[str]:
-        """How a step is run: 'eager', 'compiled', 'graph', 'replayed'."""
+        """How a step is run: 'default', 'eager', 'compiled', 'graph'."""
         graph = self.args.graph and kind == 'inference' and shape.batch == 1
-        replayed = self.args.cuda_graphs and entry.ours
-        return ['eager'] + ['compiled'] * self.args.compile + ['graph'] * graph + ['replayed'] * replayed
+        eager = self.args.eager and entry.ours
+        return ['default'] + ['eager'] * eager + ['compiled'] * self.args.compile + ['graph'] * graph
 
     def prepare(self, entry: Entry, shape: Shape, dtype: str) -> tuple[nn.Module, Tensor]:
         """The model and its images, on the device; ours checked, once a precision."""
@@ -180,16 +180,16 @@ class Benchmark:
         if mode == 'compiled':
             torch.compiler.reset()  # shapes of other rows would make this one's dynamic
             module = torch.compile(model)
-        elif mode == 'replayed':
-            model._graphs = Graphs(1)
+        elif mode == 'eager':
+            model._graphs = Graphs(0)
         step = make_step(model, module, x, dtype, kind)
         check_step(step, model, entry.shapes(shape.batch, shape.height, shape.width))
 
         def first_steps() -> None:
-            for _ in range(CALLS if mode == 'replayed' else 1):  # captured at the last of them
-                step()
+            for _ in range(CALLS_IN_A_ROW if entry.ours and mode == 'default' else 1):
+                step()  # captured at the last call
 
-        # Of the eager step, or of the capture: what a graph has set aside no longer counts as allocated.
+        # With the capture: what a graph has set aside no longer counts as allocated.
         memory = peak_memory(first_steps, self.device)
         if mode == 'graph':
             step = capture(step)
@@ -198,7 +198,7 @@ class Benchmark:
         result['memory'] = memory
         if entry.ours:
             result['errors'] = self.checks[entry.name, dtype]
-        if self.args.profile and mode == 'eager':
+        if self.args.profile and mode == 'default':
             result['kernels'] = kernels(step, self.device)[:KEPT_KERNELS]
         return result
 
@@ -210,9 +210,7 @@ class Benchmark:
         for other in self.rows:
             peer = MODELS[other['model']]
             same = all(other[key] == row[key] for key in ('shape', 'dtype', 'step'))
-            same = same and other['mode'] == row['mode'].replace(
-                'replayed', 'eager'
-            )  # peers have no such option
+            same = same and other['mode'] == row['mode'].replace('eager', 'default')  # a peer's is eager
             fits = not peer.ours and peer.plain == entry.plain and peer.size == entry.size
             if same and fits and other['status'] == 'ok':
                 ratios[peer.name] = other['median'] / row['median']
@@ -250,7 +248,7 @@ def growth(rows: list[dict]) -> dict[str, dict]:
     """
     lines: dict[str, list[dict]] = {}
     for row in rows:
-        if row['status'] == 'ok' and row['mode'] == 'eager':
+        if row['status'] == 'ok' and row['mode'] == 'default':
             lines.setdefault(f'{row["model"]} {row["step"]} {row["dtype"]}', []).append(row)
     result = {}
     for name, line in lines.items():
@@ -272,7 +270,7 @@ def plot(rows: list[dict], path: Path, sweep: bool) -> None:
     matplotlib.use('Agg')  # a picture file, so no display is needed
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row['status'] == 'ok' and row['mode'] in ('eager', 'replayed')]
+    rows = [row for row in rows if row['status'] == 'ok' and row['mode'] in ('default', 'eager')]
     steps = [step for step in STEPS if any(row['step'] == step for row in rows)]
     if not steps:
         return
@@ -285,8 +283,8 @@ def plot(rows: list[dict], path: Path, sweep: bool) -> None:
         places = list(dict.fromkeys(f'{row["shape"]} {row["dtype"]}' for row in here))
         for i, name in enumerate(models):
             style = {'color': f'C{i % 10}', 'alpha': 1.0 if MODELS[name].ours else 0.5, 'label': name}
-            own = [row for row in here if row['model'] == name and row['mode'] == 'eager']
-            replayed = [row for row in here if row['model'] == name and row['mode'] == 'replayed']
+            own = [row for row in here if row['model'] == name and row['mode'] == 'default']
+            eager = [row for row in here if row['model'] == name and row['mode'] == 'eager']
             if sweep:
                 sides = [(row['pixels'] / row['batch']) ** 0.5 for row in own]
                 line = 'o-' if MODELS[name].ours else 's--'
@@ -296,7 +294,7 @@ def plot(rows: list[dict], path: Path, sweep: bool) -> None:
                 continue
             outline = {'fill': False, 'hatch': '//', 'edgecolor': style['color']}
             width = 0.8 / len(models)
-            for some, look in ((own, style), (replayed, {**outline, 'label': f'{name}, cuda_graphs=1'})):
+            for some, look in ((own, style), (eager, {**outline, 'label': f'{name}, cuda_graphs=0'})):
                 at = [places.index(f'{row["shape"]} {row["dtype"]}') + width * i for row in some]
                 rates = [row['pixels'] / row['median'] / 1e6 for row in some]
                 if some:
@@ -342,7 +340,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--compile', action='store_true', help='also with torch.compile')
     parser.add_argument('--graph', action='store_true', help='at batch 1 also as a CUDA graph')
-    parser.add_argument('--cuda-graphs', action='store_true', help='ours also with cuda_graphs=1')
+    parser.add_argument('--eager', action='store_true', help='ours also without CUDA graphs')
     parser.add_argument('--profile', action='store_true', help='list the kernels by their total time')
     parser.add_argument('--seconds', type=float, default=1.0, help='of each measurement; default: 1')
     parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
@@ -365,8 +363,8 @@ def choose_jobs(args: argparse.Namespace) -> list[tuple[Entry, Shape, str, list[
         raise SetupError('--sweep has shapes of its own: leave out --shapes')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise SetupError('no CUDA device: run this on a machine with one, or give --device cpu --quick')
-    if (args.graph or args.cuda_graphs) and args.device != 'cuda':
-        raise SetupError(f'--{"graph" if args.graph else "cuda-graphs"} needs a CUDA device')
+    if (args.graph or args.eager) and args.device != 'cuda':
+        raise SetupError(f'--{"graph" if args.graph else "eager"} needs a CUDA device')
     entries = choose(args.models or (QUICK['models'] if args.quick else ['*']))
     defaults = {False: HIERARCHICAL_SHAPES, True: PLAIN_SHAPES}  # by Entry.plain
     if args.sweep:
