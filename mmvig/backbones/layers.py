@@ -4,6 +4,7 @@
 where they can run, 'triton' insists on them, anything else takes PyTorch's.
 """
 
+import torch
 from torch import Tensor, nn
 
 from mmvig.ops.choice import autocast_dtype
@@ -15,6 +16,14 @@ from mmvig.ops.swiglu import swiglu
 def fused_backend(backend: str) -> str:
     """The backend of the operators around BiGLA, 'auto', 'torch' or 'triton', for a model's."""
     return backend if backend in ('auto', 'triton') else 'torch'
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Images [B, C, H, W] -> [B, H, W, C], and to autocast's dtype, as a convolution would, in one pass."""
+    dtype = autocast_dtype(x)
+    if x.dtype == torch.float32 != dtype:
+        x = x.to(dtype, memory_format=torch.channels_last)
+    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
 
 def use_any_device(model: nn.Module) -> None:
