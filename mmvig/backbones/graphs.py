@@ -288,8 +288,9 @@ class _Graph:
                 sources = [
                     pair for pair, gradient in zip(sources, found, strict=True) if gradient is not None
                 ]
+                del maps, learning, found  # they are as large as what the next pass needs
         torch.cuda.current_stream().wait_stream(stream)
-        maps = learning = found = None
+        maps = None
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
 

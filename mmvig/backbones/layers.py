@@ -5,9 +5,11 @@ where they can run, 'triton' insists on them, anything else takes PyTorch's.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvig.ops.choice import autocast_dtype
+from mmvig.ops.choice import autocast_dtype, use_triton
+from mmvig.ops.conv_norm import conv_norm, takes
 from mmvig.ops.dwconv import dwconv3x3
 from mmvig.ops.norm import add_norm, norm
 from mmvig.ops.swiglu import swiglu
@@ -16,14 +18,6 @@ from mmvig.ops.swiglu import swiglu
 def fused_backend(backend: str) -> str:
     """The backend of the operators around BiGLA, 'auto', 'torch' or 'triton', for a model's."""
     return backend if backend in ('auto', 'triton') else 'torch'
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Images [B, C, H, W] -> [B, H, W, C], and to autocast's dtype, as a convolution would, in one pass."""
-    dtype = autocast_dtype(x)
-    if x.dtype == torch.float32 != dtype:
-        x = x.to(dtype, memory_format=torch.channels_last)
-    return x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
 
 
 def use_any_device(model: nn.Module) -> None:
@@ -84,11 +78,36 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C_in] -> [B, H', W', C_out], in float32 under autocast unless an activation follows."""
-        x = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        final = self.act == 'none'  # the residual connections start here
-        dtype = self.norm.weight.dtype if final else autocast_dtype(x)
-        weights = self.norm.weight, self.norm.bias, self.norm.eps
-        return norm(x, *weights, act=self.act, dtype=dtype, backend=self.backend)
+        conv = self.conv
+        # The residual connections start where no activation follows.
+        dtype = self.norm.weight.dtype if self.act == 'none' else autocast_dtype(x)
+        weights, options = (
+            (self.norm.weight, self.norm.bias, self.norm.eps),
+            {'act': self.act, 'dtype': dtype},
+        )
+        fused = _is_plain(conv) and use_triton('mmvig.ops.norm', self.backend, x)
+        if fused and takes(x, conv.weight):
+            return conv_norm(
+                x, conv.weight, conv.bias, *weights, stride=conv.stride[0], backend=self.backend, **options
+            )
+        x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        if fused:
+            # Its bias with the norm: PyTorch's convolutions on a GPU add it in a pass of its own.
+            x, options['shift'] = F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
+        else:
+            x = conv(x)
+        return norm(x.permute(0, 2, 3, 1), *weights, backend=self.backend, **options)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether calling the module is its convolution and nothing else."""
+    return type(conv) is nn.Conv2d and not (
+        conv._forward_hooks
+        or conv._forward_pre_hooks
+        or conv._backward_hooks
+        or conv._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    )
 
 
 class DWConv(nn.Conv2d):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.base import Backbone
 from mmvig.backbones.block import Block, draw_factors
-from mmvig.backbones.layers import ConvNorm, RMSNorm, SwiGLU, channels_last
+from mmvig.backbones.layers import ConvNorm, RMSNorm, SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.registry import MODELS
 
@@ -166,7 +166,7 @@ class ViG(Backbone):
         return self._graphs.run(self, x)
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = self.stem(channels_last(x))
+        x = self.stem(x.permute(0, 2, 3, 1))
         x = x + self._position_embedding(x.shape[1], x.shape[2])
         maps, state = [], (x, None, None)
         factors = draw_factors((block.drop_path for block in self.blocks), x)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.base import Backbone
 from mmvig.backbones.block import Block, draw_factors
-from mmvig.backbones.layers import ConvNorm, LayerNorm, SwiGLU, channels_last
+from mmvig.backbones.layers import ConvNorm, LayerNorm, SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.ops.norm import add
 from mmvig.registry import MODELS
@@ -188,7 +188,7 @@ class ViGH(Backbone):
         return self._graphs.run(self, x)
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = self.stem(channels_last(x))
+        x = self.stem(x.permute(0, 2, 3, 1))
         maps = []
         for i, stage in enumerate(self.stages):
             x, branch, scale = stage(x)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmvig.backbones import ViG, ViGH
 from mmvig.backbones.layers import use_any_device
 from mmvig.ops import choice
+from mmvig.ops.conv_norm import conv_norm
 from mmvig.ops.dwconv import dwconv3x3
 from mmvig.ops.gated_mix import gated_mix
 from mmvig.ops.norm import add_norm, norm
@@ -422,3 +423,77 @@ def test_more_elements_than_32_bits_count(name):
         last = case.run(*small, backend='triton')
     for a, e in zip(*(x if isinstance(x, tuple) else (x,) for x in (outputs, last)), strict=True):
         assert torch.equal(a[2:], e)
+
+
+def conv_norm_inputs(size=(2, 3, 9, 14), channels=24, side=3, dtype=torch.float32):
+    """An image [B, C, H, W], and weights."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [size, (channels, size[1], side, side), (channels,), (channels,), (channels,)]
+    inputs = [torch.randn(shape, generator=generator) for shape in shapes]
+    inputs[3] = 1 + inputs[3] / 4
+    return [x.to(DEVICE, dtype) for x in inputs]
+
+
+def run_conv_norm(inputs, backend, low=None, layout=torch.contiguous_format, **options):
+    """The result and all gradients."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.autocast(DEVICE, low, enabled=low is not None):
+        x = leaves[0].contiguous(memory_format=layout).permute(0, 2, 3, 1)
+        y = conv_norm(x, *leaves[1:], backend=backend, **options)
+    given = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(y)
+    return [y.detach(), *torch.autograd.grad(y, leaves, given)]
+
+
+@pytest.mark.parametrize('low', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    'size, side, stride, act',
+    [((2, 3, 9, 14), 3, 2, 'gelu'), ((1, 4, 23, 16), 9, 8, 'silu'), ((1, 1, 4, 4), 2, 1, 'none')],
+)
+def test_conv_norm(size, side, stride, act, low):
+    inputs, options = conv_norm_inputs(size, side=side), {'stride': stride, 'act': act}
+    truth = run_conv_norm([x.double() for x in inputs], 'torch', **options)
+    plain, actual = (run_conv_norm(inputs, backend, low, **options) for backend in ('torch', 'triton'))
+    for i, (a, p, t) in enumerate(zip(actual, plain, truth, strict=True)):
+        assert a.dtype == p.dtype and a.shape == p.shape, i
+        error, plain_error = ((x.double() - t).norm() for x in (a, p))
+        # The interpreter truncates to bf16 where a GPU rounds.
+        slack = 1.3 if ON_GPU else 4 if low == torch.bfloat16 else 2
+        few = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[low] * slack * t.norm()
+        assert error <= max(slack * plain_error, few), (i, error, plain_error)
+    last = run_conv_norm(inputs, 'triton', low, torch.channels_last, **options)
+    assert torch.equal(last[0], actual[0])
+    with torch.no_grad(), torch.autocast(DEVICE, low):
+        y = conv_norm(inputs[0].permute(0, 2, 3, 1), *inputs[1:], backend='triton', **options)
+    assert torch.equal(y, actual[0])
+
+
+def test_conv_norm_names_what_is_wrong():
+    inputs = conv_norm_inputs()
+    x = inputs[0].permute(0, 2, 3, 1)
+    with pytest.raises(ValueError, match=r'x must be \[B, H, W, C_in\]'):
+        conv_norm(inputs[0], *inputs[1:], stride=2)
+    with pytest.raises(ValueError, match='takes half precision'):
+        conv_norm(x, *inputs[1:], stride=2, backend='triton')
+    with pytest.raises(ValueError, match='act must be one of'):
+        conv_norm(x, *inputs[1:], stride=2, act='relu')
+
+
+def test_conv_norm_of_nothing():
+    inputs = conv_norm_inputs((0, 3, 8, 8))
+    for result in run_conv_norm(inputs, 'triton', torch.bfloat16, stride=2):
+        assert not result.count_nonzero()
+
+
+def test_shift_is_added_before_the_norm():
+    """A convolution's bias, as ConvNorm leaves it to the norm."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, shift = (
+        torch.randn(shape, generator=generator).to(DEVICE) for shape in ((2, 3, 5, 24), *[(24,)] * 3)
+    )
+    results = []
+    for dtype, backend in ((torch.float64, 'torch'), (torch.float32, 'triton')):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias, shift)]
+        y = norm(*leaves[:3], shift=leaves[3], act='gelu', backend=backend)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for e, a in zip(*results, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)

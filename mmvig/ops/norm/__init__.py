@@ -19,18 +19,20 @@ def norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
+    shift: Tensor | None = None,
     act: str = 'none',
     channels_first: bool = False,
     dtype: torch.dtype | None = None,
     backend: str = 'auto',
 ) -> Tensor:
-    """LayerNorm over channels, or RMSNorm where there is no bias, with what follows it.
+    """LayerNorm over channels, or RMSNorm where there is no bias, with what stands around it.
 
     Args:
         x: maps ``[B, H, W, C]``.
         weight: ``[C]``.
         bias: ``[C]``. None: RMSNorm. Default: None.
         eps: added to the variance or mean square. Default: 1e-5.
+        shift: ``[C]``, added to x before: the bias of a convolution. Default: None.
         act: activation of the result, 'none', 'gelu' (exact) or 'silu'. Default: 'none'.
         channels_first: whether the result is laid out as ``[B, C, H, W]``. Default: False.
         dtype: of the result. None: x's. Default: None.
@@ -45,12 +47,13 @@ def norm(
     Raises:
         ValueError: shapes disagree, the activation or the backend is unknown, or 'triton' cannot run.
     """
-    _check(x, weight, bias, act)
+    _check(x, weight, bias, act, shift)
     dtype = dtype or x.dtype
     if _fits(backend, x):
         from mmvig.ops.norm.triton import norm_op
 
-        return norm_op(x, weight, bias, eps, dtype, act, channels_first)
+        return norm_op(x, weight, bias, shift, eps, dtype, act, channels_first)
+    x = x if shift is None else x + shift
     y = _norm(x, weight, bias, eps, act).to(dtype)
     return y.permute(0, 3, 1, 2).contiguous() if channels_first else y
 
@@ -112,10 +115,11 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, act: str) 
     return ACTIVATIONS[act](y)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> None:
-    if x.ndim != 4 or any(w is not None and w.shape != x.shape[3:] for w in (weight, bias)):
-        found = f'{list(x.shape)}, {list(weight.shape)} and {None if bias is None else list(bias.shape)}'
-        raise ValueError(f'x must be [B, H, W, C], weight and bias [C], got {found}')
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, shift: Tensor | None = None) -> None:
+    weights = weight, bias, shift
+    if x.ndim != 4 or any(w is not None and w.shape != x.shape[3:] for w in weights):
+        found = f'{list(x.shape)} and {[None if w is None else list(w.shape) for w in weights]}'
+        raise ValueError(f'x must be [B, H, W, C], weight, bias and shift [C], got {found}')
     if act not in ACTIVATIONS:
         raise ValueError(f'act must be one of {list(ACTIVATIONS)}, got {act!r}')
 

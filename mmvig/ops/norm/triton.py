@@ -40,6 +40,16 @@ def affine(x, p_w, p_b, columns, RMS: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
+def activated(y, ACT: tl.constexpr):
+    """The activation of y."""
+    if ACT == 'gelu':
+        y *= 0.5 + 0.5 * tl.erf(y * 0.7071067811865476)
+    elif ACT == 'silu':
+        y *= tl.sigmoid(y)
+    return y
+
+
+@triton.jit
 def result_offsets(rows, columns, N, FIRST: tl.constexpr, C: tl.constexpr):
     """Where a row's results are: [B, N, C], FIRST: [B, C, N]."""
     if FIRST:
@@ -51,11 +61,14 @@ def result_offsets(rows, columns, N, FIRST: tl.constexpr, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=['M', 'N'])
 def forward_kernel(
-    p_x, p_branch, p_scale, p_w, p_b, p_s, p_y, M, N,
+    p_x, p_branch, p_scale, p_w, p_b, p_shift, p_s, p_y, M, N,
     C: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
-    SCALED: tl.constexpr, FIRST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    SCALED: tl.constexpr, FIRST: tl.constexpr, SHIFT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Make s = x + scale * branch (ADD) and y = act(norm(s)) of M rows [M, C], N of them a sample."""
+    """Make s = x + scale * branch (ADD) and y = act(norm(s)) of M rows [M, C], N of them a sample.
+
+    SHIFT: a vector is added to x.
+    """
     rows = tl.program_id(0) * BR + tl.arange(0, BR)
     columns = tl.arange(0, BC)
     mask = (rows < M)[:, None] & (columns < C)[None, :]
@@ -69,26 +82,28 @@ def forward_kernel(
         s = x.to(p_s.dtype.element_ty)
         tl.store(p_s + at, s, mask=mask)
         x = s.to(tl.float32)  # as it is kept for the backward pass
+    if SHIFT:
+        x += tl.load(p_shift + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
     x, _ = normalised(x, mask, EPS, RMS, C)
-    y = affine(x, p_w, p_b, columns, RMS, C)
-    if ACT == 'gelu':
-        y *= 0.5 + 0.5 * tl.erf(y * 0.7071067811865476)
-    elif ACT == 'silu':
-        y *= tl.sigmoid(y)
+    y = activated(affine(x, p_w, p_b, columns, RMS, C), ACT)
     tl.store(p_y + result_offsets(rows, columns, N, FIRST, C), y.to(p_y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=['M', 'N'])
 def backward_kernel(
-    p_ds, p_dy, p_s, p_scale, p_w, p_b, p_dx, p_dbranch, p_dw, M, N,
+    p_ds, p_dy, p_s, p_scale, p_w, p_b, p_shift, p_dx, p_dbranch, p_dw, M, N,
     C: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
-    SCALED: tl.constexpr, FIRST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    SCALED: tl.constexpr, FIRST: tl.constexpr, SHIFT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of x, with ADD of the branch, and this program's share of dw [2, programs, C]."""
+    """Gradients of x, with ADD of the branch, and this program's share of dw [2, programs, C].
+
+    SHIFT: there is one, and its gradient is what dw has last.
+    """
     columns = tl.arange(0, BC)
     w = tl.load(p_w + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros([BR, BC], tl.float32)
     db = tl.zeros([BR, BC], tl.float32)
+    dshift = tl.zeros([BR, BC], tl.float32)
     for i in range(tl.program_id(0), tl.cdiv(M, BR), tl.num_programs(0)):
         rows = i * BR + tl.arange(0, BR)
         mask = (rows < M)[:, None] & (columns < C)[None, :]
@@ -96,6 +111,8 @@ def backward_kernel(
         s = tl.load(p_s + at, mask=mask, other=0.0).to(tl.float32)
         p_in = p_dy + result_offsets(rows, columns, N, FIRST, C)
         dy = tl.load(p_in, mask=mask, other=0.0).to(tl.float32)
+        if SHIFT:
+            s += tl.load(p_shift + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
         x, inverse = normalised(s, mask, EPS, RMS, C)
         if ACT != 'none':
             y = affine(x, p_w, p_b, columns, RMS, C)
@@ -119,25 +136,34 @@ def backward_kernel(
                 dbranch *= tl.load(p_scale + rows // N, mask=rows < M, other=0.0).to(tl.float32)[:, None]
             tl.store(p_dbranch + at, dbranch.to(p_dbranch.dtype.element_ty), mask=mask)
         tl.store(p_dx + at, dx.to(p_dx.dtype.element_ty), mask=mask)
+        if SHIFT:
+            dshift += dx
     p_dw += tl.program_id(0).to(tl.int64) * C + columns
+    step = tl.num_programs(0).to(tl.int64) * C
     tl.store(p_dw, tl.sum(dw, axis=0), mask=columns < C)
     if not RMS:
-        tl.store(p_dw + tl.num_programs(0).to(tl.int64) * C, tl.sum(db, axis=0), mask=columns < C)
+        p_dw += step
+        tl.store(p_dw, tl.sum(db, axis=0), mask=columns < C)
+    if SHIFT:
+        tl.store(p_dw + step, tl.sum(dshift, axis=0), mask=columns < C)
 
 
 @functools.lru_cache(maxsize=256)
-def constants(width: int, tile: int, eps: float, rms: bool, act: str, add: bool, scaled: bool, first: bool):
+def constants(
+    width: int, tile: int, eps: float, rms: bool, act: str, add: bool, scaled: bool, *others: bool
+):
     """Constants of a kernel with tiles of about ``tile`` elements."""
     block = triton.next_power_of_2(width)
+    first, shifted = others
     return Constants(
-        C=width, EPS=eps, RMS=rms, ACT=act, ADD=add, SCALED=scaled, FIRST=first,
+        C=width, EPS=eps, RMS=rms, ACT=act, ADD=add, SCALED=scaled, FIRST=first, SHIFT=shifted,
         BR=max(1, tile // block), BC=block, num_warps=4 if block <= 2048 else 8,
     )  # fmt: skip
 
 
-def forward(x, branch, scale, weight, bias, eps, dtype, act, first):
+def forward(x, branch, scale, weight, bias, eps, dtype, act, first, shift=None):
     """The sum (None where there is no branch) and its norm."""
-    x, branch, scale, weight, bias = contiguous(x, branch, scale, weight, bias)
+    x, branch, scale, weight, bias, shift = contiguous(x, branch, scale, weight, bias, shift)
     batch, height, width, channels = x.shape
     s = None if branch is None else torch.empty_like(x)
     if first:
@@ -147,28 +173,32 @@ def forward(x, branch, scale, weight, bias, eps, dtype, act, first):
     if y.numel():
         rows = batch * height * width
         options = constants(
-            channels, TILE, eps, bias is None, act, branch is not None, scale is not None, first
-        )
-        tensors = [x if each is None else each for each in (x, branch, scale, weight, bias, s, y)]
+            channels, TILE, eps, bias is None, act, branch is not None, scale is not None,
+            first, shift is not None,
+        )  # fmt: skip
+        tensors = [x if each is None else each for each in (x, branch, scale, weight, bias, shift, s, y)]
         grid = ceil_div(rows, options['BR']), 1, 1
         launch(forward_kernel, compile_key(*tensors), grid, (*tensors, rows, height * width), options)
     return s, y
 
 
-def backward(ds, dy, s, scale, weight, bias, eps, act, first, branch_dtype):
-    """dx, the branch's gradient (None where there is no ds), and programs' shares of dw [2 or 1, ., C]."""
-    ds, dy, s, scale, weight, bias = contiguous(ds, dy, s, scale, weight, bias)
+def backward(ds, dy, s, scale, weight, bias, eps, act, first, branch_dtype, shift=None):
+    """dx, the branch's gradient (None where there is no ds), and programs' shares of dw [1 to 3, ., C]."""
+    ds, dy, s, scale, weight, bias, shift = contiguous(ds, dy, s, scale, weight, bias, shift)
     batch, height, width, channels = s.shape
     dx = torch.empty_like(s)
     dbranch = None if ds is None else torch.empty_like(s, dtype=branch_dtype)
     rows = batch * height * width
     options = constants(
-        channels, BACKWARD_TILE, eps, bias is None, act, ds is not None, scale is not None, first
-    )
+        channels, BACKWARD_TILE, eps, bias is None, act, ds is not None, scale is not None,
+        first, shift is not None,
+    )  # fmt: skip
     programs = min(ceil_div(rows, options['BR']), FILL * multiprocessors(s.device))
-    dw = s.new_empty(1 if bias is None else 2, programs, channels, dtype=torch.float32)
+    kinds = 1 + (bias is not None) + (shift is not None)
+    dw = s.new_empty(kinds, programs, channels, dtype=torch.float32)
     if programs:
-        tensors = [s if each is None else each for each in (ds, dy, s, scale, weight, bias, dx, dbranch)]
+        tensors = ds, dy, s, scale, weight, bias, shift, dx, dbranch
+        tensors = [s if each is None else each for each in tensors]
         arguments = (*tensors, dw, rows, height * width)
         launch(backward_kernel, compile_key(*tensors), (programs, 1, 1), arguments, options)
     return dx, dbranch, dw
@@ -179,9 +209,10 @@ def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def of_weights(dw: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of weight and bias in their dtypes, of dw in float32."""
-    return dw[0].to(weight.dtype), None if bias is None else dw[1].to(bias.dtype)
+def of_weights(dw: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients of weight, bias and shift in their dtypes, of dw in float32."""
+    rows = iter(dw)
+    return tuple(None if weight is None else next(rows).to(weight.dtype) for weight in weights)
 
 
 WEIGHTS = 'Tensor weight, Tensor? bias, float eps'
@@ -194,21 +225,23 @@ def shape_of(x: Tensor, first: bool) -> tuple[int, ...]:
 
 
 @operator(
-    f'norm(Tensor x, {WEIGHTS}, ScalarType dtype, str act, bool first) -> Tensor',
-    lambda x, weight, bias, eps, dtype, act, first: x.new_empty(shape_of(x, first), dtype=dtype),
+    'norm(Tensor x, Tensor weight, Tensor? bias, Tensor? shift, float eps, ScalarType dtype, str act, '
+    'bool first) -> Tensor',
+    lambda x, weight, bias, shift, eps, dtype, act, first: x.new_empty(shape_of(x, first), dtype=dtype),
 )
-def norm_op(x, weight, bias, eps, dtype, act, first):
+def norm_op(x, weight, bias, shift, eps, dtype, act, first):
     """:func:`mmvig.ops.norm.norm` by Triton; arguments are validated."""
-    return forward(x, None, None, weight, bias, eps, dtype, act, first)[1]
+    return forward(x, None, None, weight, bias, eps, dtype, act, first, shift)[1]
 
 
 @operator(
-    f'norm_backward(Tensor dy, Tensor x, {WEIGHTS}, str act, bool first) -> (Tensor, Tensor)',
-    lambda dy, x, weight, bias, *rest: (x.new_empty(x.shape), _fake_dw(weight, bias)),
+    'norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? shift, float eps, str act, '
+    'bool first) -> (Tensor, Tensor)',
+    lambda dy, x, weight, bias, shift, *rest: (x.new_empty(x.shape), _fake_dw(weight, bias, shift)),
 )
-def norm_backward_op(dy, x, weight, bias, eps, act, first):
+def norm_backward_op(dy, x, weight, bias, shift, eps, act, first):
     """Gradients of :func:`norm_op`, those of the weights side by side in float32."""
-    dx, _, dw = backward(None, dy, x, None, weight, bias, eps, act, first, None)
+    dx, _, dw = backward(None, dy, x, None, weight, bias, eps, act, first, None, shift)
     return dx, dw.sum(1)
 
 
@@ -240,13 +273,14 @@ def add_norm_backward_op(ds, dy, s, scale, weight, bias, eps, first, branch_dtyp
     return dx, dbranch, dw.sum(1)
 
 
-def _fake_dw(weight: Tensor, bias: Tensor | None) -> Tensor:
-    return weight.new_empty(1 if bias is None else 2, weight.shape[0], dtype=torch.float32)
+def _fake_dw(*weights: Tensor | None) -> Tensor:
+    kinds = sum(weight is not None for weight in weights)
+    return weights[0].new_empty(kinds, weights[0].shape[0], dtype=torch.float32)
 
 
-def _norm_backward(dy, x, weight, bias, eps, dtype, act, first):
-    dx, dw = norm_backward_op(dy, x, weight, bias, eps, act, first)
-    return dx, *of_weights(dw, weight, bias)
+def _norm_backward(dy, x, weight, bias, shift, eps, dtype, act, first):
+    dx, dw = norm_backward_op(dy, x, weight, bias, shift, eps, act, first)
+    return dx, *of_weights(dw, weight, bias, shift)
 
 
 def _keep_sum(inputs, output):

@@ -1,0 +1,154 @@
+"""Convolution of an image and its norm by Triton: a program makes all channels of some pixels."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from mmvig.ops.bigla.kernels import INTERPRETED
+from mmvig.ops.launch import Constants, ceil_div, compile_key, differentiate, launch, operator
+from mmvig.ops.norm import triton as norm
+from mmvig.ops.norm.triton import activated, affine, normalised
+
+# Pixels of a program, by whether it has up to 64 channels; numbers of a patch in a product.
+PIXELS, BLOCK = {True: 128, False: 64}, 64
+
+
+@triton.jit
+def product(a, b, c):
+    """Product of a and b, added to c."""
+    if INTERPRETED:  # it has no bf16 product
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), c)
+    else:
+        return tl.dot(a, b, c)
+
+
+@triton.jit(do_not_specialize=['M', 'H', 'W', 'HO', 'WO', 's_b', 's_c', 's_h', 's_w'])
+def forward_kernel(
+    p_x, p_k, p_shift, p_w, p_b, p_z, p_y, M, H, W, HO, WO, s_b, s_c, s_h, s_w,
+    CIN: tl.constexpr, KS: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr,
+    ACT: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Make y = act(norm(z + shift)) of z = conv(x) at BM of M pixels [M, C]; KEEP: and z.
+
+    x has strides s; a product is [C, patch] times [patch, pixels], so that neighbours in a row of the image
+    are loaded side by side.
+    """
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    image = rows // (HO * WO)
+    h = (rows - image * (HO * WO)) // WO
+    w = (rows - image * (HO * WO) - h * WO) * STRIDE - 1
+    h = h * STRIDE - 1
+    p_first = p_x + image.to(tl.int64) * s_b + h.to(tl.int64) * s_h + w.to(tl.int64) * s_w
+    columns = tl.arange(0, BC)
+    z = tl.zeros([BC, BM], tl.float32)
+    for first in tl.static_range(0, CIN * KS * KS, BK):
+        k = first + tl.arange(0, BK)
+        i = k % (KS * KS) // KS
+        j = k % KS
+        at_h = h[None, :] + i[:, None]
+        at_w = w[None, :] + j[:, None]
+        inside = (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W)
+        inside = inside & (k < CIN * KS * KS)[:, None] & (rows < M)[None, :]
+        of_patch = (k // (KS * KS)).to(tl.int64) * s_c + i.to(tl.int64) * s_h + j.to(tl.int64) * s_w
+        patch = tl.load(p_first[None, :] + of_patch[:, None], mask=inside, other=0.0)
+        in_kernel = (columns < C)[:, None] & (k < CIN * KS * KS)[None, :]
+        kernel = tl.load(p_k + columns[:, None] * (CIN * KS * KS) + k[None, :], mask=in_kernel, other=0.0)
+        z = product(kernel.to(p_z.dtype.element_ty), patch.to(p_z.dtype.element_ty), z)
+    z = tl.trans(z).to(p_z.dtype.element_ty)  # rounded, as it is kept for the backward pass
+    mask = (rows < M)[:, None] & (columns < C)[None, :]
+    at = rows.to(tl.int64)[:, None] * C + columns[None, :]
+    if KEEP:
+        tl.store(p_z + at, z, mask=mask)
+    x = z.to(tl.float32) + tl.load(p_shift + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    x, _ = normalised(x, mask, EPS, False, C)
+    y = activated(affine(x, p_w, p_b, columns, False, C), ACT)
+    tl.store(p_y + at, y.to(p_y.dtype.element_ty), mask=mask)
+
+
+@functools.lru_cache(maxsize=64)
+def constants(weight: torch.Size, stride: int, eps: float, act: str, keep: bool) -> Constants:
+    """Constants of the kernel."""
+    channels, in_channels, side, _ = weight
+    block = max(16, triton.next_power_of_2(channels))
+    return Constants(
+        CIN=in_channels, KS=side, STRIDE=stride, C=channels, EPS=eps, ACT=act, KEEP=keep,
+        BM=PIXELS[block <= 64], BK=min(BLOCK, max(16, triton.next_power_of_2(in_channels * side * side))),
+        BC=block, num_warps=4,
+    )  # fmt: skip
+
+
+def forward(keep, x, conv_weight, conv_bias, weight, bias, eps, stride, low, dtype, act):
+    """y, and with ``keep`` the convolution z without its bias."""
+    batch, height, width, _ = x.shape
+    channels, _, side, _ = conv_weight.shape
+    size = batch, (height + 2 - side) // stride + 1, (width + 2 - side) // stride + 1, channels
+    y, z = x.new_empty(size, dtype=dtype), x.new_empty(size if keep else 0, dtype=low)
+    if y.numel():
+        options = constants(conv_weight.shape, stride, eps, act, keep)
+        rows, strides = size[0] * size[1] * size[2], x.stride()
+        tensors = x, *norm.contiguous(conv_weight, conv_bias, weight, bias), z, y
+        numbers = rows, height, width, *size[1:3], strides[0], strides[3], *strides[1:3]
+        grid = ceil_div(rows, options['BM']), 1, 1
+        launch(forward_kernel, compile_key(*tensors), grid, (*tensors, *numbers), options)
+    return y, z
+
+
+def _fake(x, conv_weight, conv_bias, weight, bias, eps, stride, low, dtype, act):
+    batch, height, width, _ = x.shape
+    channels, _, side, _ = conv_weight.shape
+    size = batch, (height + 2 - side) // stride + 1, (width + 2 - side) // stride + 1, channels
+    return x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=low)
+
+
+WEIGHTS = 'Tensor conv_weight, Tensor conv_bias, Tensor weight, Tensor bias'
+
+
+@operator(
+    f'conv_norm(Tensor x, {WEIGHTS}, float eps, int stride, ScalarType low, ScalarType dtype, str act)'
+    ' -> (Tensor, Tensor)',
+    _fake,
+    inference=functools.partial(forward, False),
+)
+def conv_norm_op(*args):
+    """:func:`mmvig.ops.conv_norm.conv_norm` by Triton, and what is kept; arguments are validated."""
+    return forward(True, *args)
+
+
+@operator(
+    f'conv_norm_backward(Tensor dy, Tensor x, {WEIGHTS}, Tensor z, float eps, int stride, str act,'
+    ' bool images) -> (Tensor, Tensor, Tensor)',
+    lambda dy, x, conv_weight, conv_bias, weight, bias, z, eps, stride, act, images: (
+        x.new_empty(x.shape if images else 0),
+        conv_weight.new_empty(conv_weight.shape),
+        weight.new_empty(3, weight.shape[0], dtype=torch.float32),
+    ),
+)
+def conv_norm_backward_op(dy, x, conv_weight, conv_bias, weight, bias, z, eps, stride, act, images):
+    """Gradients of :func:`conv_norm_op`: of the image if it has one, the kernel, the vectors in float32."""
+    dz, _, vectors = norm.backward(None, dy, z, None, weight, bias, eps, act, False, None, conv_bias)
+    low = [t.to(z.dtype, memory_format=torch.channels_last) for t in (x.permute(0, 3, 1, 2), conv_weight)]
+    dx, d_kernel, _ = torch.ops.aten.convolution_backward(
+        dz.permute(0, 3, 1, 2), *low, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1,
+        [images, True, False],
+    )  # fmt: skip
+    dx = dx.permute(0, 2, 3, 1).to(x.dtype).contiguous() if images else x.new_empty(0)
+    return dx, d_kernel.to(conv_weight.dtype).contiguous(), vectors.sum(1)
+
+
+def _keep(inputs, output):
+    *tensors, eps, stride, _, _, act = inputs
+    return (*tensors, output[1]), (eps, stride, act)
+
+
+def _backward(dy, x, conv_weight, conv_bias, weight, bias, z, eps, stride, act):
+    images = x.requires_grad
+    dx, d_kernel, vectors = conv_norm_backward_op(
+        dy, x, conv_weight, conv_bias, weight, bias, z, eps, stride, act, images
+    )
+    d_weight, d_bias, d_shift = norm.of_weights(vectors, weight, bias, conv_bias)
+    return dx if images else None, d_kernel, d_shift, d_weight, d_bias
+
+
+differentiate('conv_norm', _backward, _keep, outputs=1)
