@@ -169,7 +169,7 @@ def forward(
         kept += x.new_empty(0) if branch is None else s, y  # an operator must not return its input
     s = x if s is None else s
     low = borrow(dtype, (qkv, gate, down, up, up_bias, out, fc1, fc2))
-    w_in, w_up, b_up, w_out, w_1, w_2 = low.views[6:]  # transposed
+    w_1, (w_in, w_up, b_up, w_out, _, w_2) = low.views[4], low.views[6:]  # these transposed
     with torch._C._DisableAutocast():
         conved, u = dwconv.forward(y, conv, conv_act, keep)
         if keep:
@@ -191,11 +191,11 @@ def forward(
         del m
         s, y = norm.forward(s, z, branch_scale, norm2_weight, norm2_bias, eps, dtype, 'none', False)
         del z
-        h = torch.mm(y.view(-1, channels), w_1)
+        h, activated = swiglu.project(y.view(-1, channels), w_1, keep)
         if keep:
             kept.append(h)
         del y
-        z = torch.mm(swiglu.activate(h), w_2).view_as(x)
+        z = torch.mm(activated, w_2).view_as(x)
     give_back(low)
     return s, z, *kept
 
@@ -252,7 +252,7 @@ def block_backward_op(
     ds = torch.zeros_like(s2) if ds is None else ds
     with torch._C._DisableAutocast():
         dz = dz.reshape(-1, channels)
-        dh, activated = swiglu.activate_backward(torch.mm(dz, w_2), h)
+        dh, activated = swiglu.project_backward(dz, w_2, h)
         d_fc2 = of_weight(dz, activated, weight_dtype)
         del activated
         # Computed again: kept, it takes 4 % of a training step's memory (ViG-H-S, 800 x 1216, batch 2).

@@ -62,6 +62,10 @@ def fused_launches():
     for name in ('forward_kernel', 'backward_kernel'):
         forward = name == 'forward_kernel'
         yield getattr(swiglu, name), swiglu.constants(1024)
+        for channels, width in ((96, 256), (192, 512), (384, 1024)):
+            product = swiglu.project_kernel if forward else swiglu.project_backward_kernel
+            keep = True if forward else None
+            yield product, swiglu.product_constants(channels, width, cpu, keep)[0]
         tile = gated_mix.TILE if forward else gated_mix.BACKWARD_TILE
         yield getattr(gated_mix, name), gated_mix.constants(384, 32, 1e-6, False, True, tile)
         tile = dwconv.TILE if forward else dwconv.BACKWARD_TILE

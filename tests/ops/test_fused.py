@@ -279,6 +279,55 @@ def test_wrong_arguments_are_named(call, message):
         call(torch.zeros(SIZE))
 
 
+def make_products(rows, channels, width, dtype):
+    """Tensors y and dz [rows, C], W_1 [2 D, C] and W_2 [C, D] of results near 1."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    shapes = (rows, channels), (rows, channels), (2 * width, channels), (channels, width)
+    y, dz, *weights = (torch.randn(s, generator=generator, device=DEVICE) for s in shapes)
+    return [x.to(dtype) for x in (y, dz, *(w / channels**0.5 for w in weights))]
+
+
+def assert_products(rows, channels, width, dtype):
+    """Products with the activation: the same bits with h and without, errors like those of two kernels."""
+    from mmvig.ops.swiglu import triton as ops
+
+    y, dz, w_1, w_2 = make_products(rows, channels, width, dtype)
+    assert ops.is_fused(y, ops.MAX_WIDTH) and ops.is_fused(dz, ops.MAX_BACKWARD_WIDTH)
+    h, activated = ops.project(y, w_1, True)
+    assert torch.equal(ops.project(y, w_1, False)[1], activated)
+    dh, again = ops.project_backward(dz, w_2, h)
+    assert torch.equal(again, activated)
+    a, b = (y.double() @ w_1.double().t()).chunk(2, dim=1)
+    s = a.sigmoid()
+    d = dz.double() @ w_2.double()
+    truth = torch.cat([a, b], 1), a * s * b, torch.cat([d * b * (s + a * s * (1 - s)), d * a * s], 1)
+    plain_h = y @ w_1.t()
+    plain = plain_h, ops.activate(plain_h), ops.activate_backward(dz @ w_2, plain_h)[0]
+    slack = 1.1 if ON_GPU or dtype == torch.float16 else 4.0  # the interpreter truncates to bf16
+    for x, p, t in zip((h, activated, dh), plain, truth, strict=True):
+        error, plain_error = ((v - t).norm().item() for v in (x, p))
+        rounding = torch.finfo(dtype).eps / 2 * t.norm().item()
+        assert error <= slack * max(plain_error, rounding), (error, plain_error)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('size', [(1, 1, 1), (5, 24, 64), (150, 96, 40), (3, 33, 17), (70, 200, 48)])
+def test_products_with_their_activation(size, dtype):
+    assert_products(*size, dtype)
+
+
+def test_products_take_any_gradient_and_no_rows():
+    from mmvig.ops.swiglu import triton as ops
+
+    y, dz, w_1, w_2 = make_products(9, 24, 16, torch.float16)
+    h, _ = ops.project(y, w_1, True)
+    for x in (dz[:1, :1].expand(9, 24), dz.t().contiguous().t()):
+        expected = ops.project_backward(x.contiguous(), w_2, h)
+        assert all(map(torch.equal, ops.project_backward(x, w_2, h), expected))
+    assert [x.shape for x in ops.project(y[:0], w_1, True)] == [(0, 32), (0, 16)]
+    assert [x.shape for x in ops.project_backward(dz[:0], w_2, h[:0])] == [(0, 32), (0, 16)]
+
+
 MODELS = {
     'ViGH': lambda **k: ViGH(
         {'embed_dims': 16, 'depths': [1, 2], 'num_heads': [1, 2]}, out_indices=(1,), **k
@@ -355,6 +404,25 @@ def test_sweep(name, dtype):
     case = CASES[name]
     for size in ((2, 56, 56, 96), (3, 25, 38, 768), (1, 14, 15, 1024), (2, 200, 304, 48)):
         assert_accurate(case, make_inputs(case, size, dtype))
+
+
+@gpu
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('size', [(6273, 96, 256), (3001, 192, 512), (999, 128, 352), (70, 72, 100)])
+def test_sweep_of_products(size, dtype):
+    assert_products(*size, dtype)
+
+
+@gpu
+def test_products_of_more_elements_than_32_bits_count():
+    from mmvig.ops.swiglu import triton as ops
+
+    y, dz, w_1, w_2 = make_products(4_300_000, 96, 256, torch.bfloat16)  # 2.2e9 elements
+    h, activated = ops.project(y, w_1, True)
+    dh, _ = ops.project_backward(dz, w_2, h)
+    last = ops.project(y[-1000:], w_1, True)
+    assert torch.equal(h[-1000:], last[0]) and torch.equal(activated[-1000:], last[1])
+    assert torch.equal(dh[-1000:], ops.project_backward(dz[-1000:], w_2, h[-1000:])[0])
 
 
 @gpu

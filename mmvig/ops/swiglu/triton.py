@@ -1,6 +1,11 @@
-"""SwiGLU's gated activation by Triton, one pass forward and one backward, around PyTorch's products."""
+"""SwiGLU's gated activation by Triton, one pass forward and one backward, around PyTorch's products.
+
+Where a product has few input channels, it and the activation are one kernel: its result, and in the
+backward pass the activation's gradient, take longer to write and to read again than to compute.
+"""
 
 import functools
+import os
 
 import torch
 import triton
@@ -14,11 +19,45 @@ from mmvig.ops.launch import (
     differentiate,
     empty_like_each,
     launch,
+    multiprocessors,
     operator,
 )
 
+INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
+
 # Rows and columns of a program.
 ROWS, COLUMNS = 8, 256
+# The widest inputs of products that are one kernel with the activation, forward and backward.
+MAX_WIDTH, MAX_BACKWARD_WIDTH = 384, 384
+# The widest inputs whose weights stay in shared memory.
+MAX_HELD = 192
+# Compute capabilities with 163 KB of shared memory for a program or more; others have 99.
+LARGE = {(8, 0), (9, 0), (10, 0), (10, 3)}
+MAX_GRID = 65535  # in a grid's second dimension
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) of float32 x in four instructions; tl.sigmoid has 14, for subnormal results."""
+    if INTERPRETED:
+        return tl.sigmoid(x)
+    else:
+        code: tl.constexpr = (
+            '{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.f32 e, e, 1.0; rcp.approx.ftz.f32 $0, e; }'
+        )
+        return tl.inline_asm_elementwise(code, '=f,f', [x * -1.4426950408889634], tl.float32, True, 1)
+
+
+@triton.jit
+def rounded(x, p):
+    """Float32 x rounded to the numbers of what p points to, as float32."""
+    if p.dtype.element_ty == tl.bfloat16 and not INTERPRETED:  # two at once; by x.to() each alone, slowly
+        code: tl.constexpr = (
+            '{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }'
+        )
+        return tl.inline_asm_elementwise(code, '=f,=f,f,f', [x], tl.float32, True, 2)
+    else:
+        return x.to(p.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=['M'])
@@ -31,8 +70,16 @@ def forward_kernel(p_x, p_y, M, D: tl.constexpr, BR: tl.constexpr, BD: tl.conste
     p_a = p_x + rows * (2 * D) + columns[None, :]
     a = tl.load(p_a, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(p_a + D, mask=mask, other=0.0).to(tl.float32)
-    y = a * tl.sigmoid(a) * b
+    y = a * sigmoid(a) * b
     tl.store(p_y + rows * D + columns[None, :], y.to(p_y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradients(dy, a, b):
+    """Gradients of a and b of y = silu(a) * b, and y again."""
+    s = sigmoid(a)
+    silu = a * s
+    return dy * b * (s + silu * (1 - s)), dy * silu, silu * b
 
 
 @triton.jit(do_not_specialize=['M'])
@@ -47,12 +94,121 @@ def backward_kernel(p_dy, p_x, p_dx, p_y, M, D: tl.constexpr, BR: tl.constexpr, 
     a = tl.load(p_x + at_a, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(p_x + at_a + D, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(p_dy + at, mask=mask, other=0.0).to(tl.float32)
-    s = tl.sigmoid(a)
-    silu = a * s
-    da = dy * b * (s + silu * (1 - s))
+    da, db, y = gradients(dy, a, b)
     tl.store(p_dx + at_a, da.to(p_dx.dtype.element_ty), mask=mask)
-    tl.store(p_dx + at_a + D, (dy * silu).to(p_dx.dtype.element_ty), mask=mask)
-    tl.store(p_y + at, (silu * b).to(p_y.dtype.element_ty), mask=mask)
+    tl.store(p_dx + at_a + D, db.to(p_dx.dtype.element_ty), mask=mask)
+    tl.store(p_y + at, y.to(p_y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load(p, STRIDE: tl.constexpr, k, C: tl.constexpr, RAGGED: tl.constexpr):
+    """Load channels k of C, which are STRIDE apart at p; RAGGED if there are some beyond C, which are 0."""
+    if RAGGED:
+        return tl.load(p + k * STRIDE, mask=k < C, other=0.0)
+    else:
+        return tl.load(p + k * STRIDE)
+
+
+@triton.jit
+def columns_of(D: tl.constexpr, BN: tl.constexpr, TIMES: tl.constexpr):
+    """Return the program's BN of D columns, each several times; the last tile overlaps the one before."""
+    first = tl.program_id(0) * BN
+    columns = tl.arange(0, TIMES * BN) // TIMES
+    if D < BN:
+        columns = tl.minimum(columns, D - 1)
+    elif D % BN:
+        first = tl.multiple_of(tl.minimum(first, D - BN), D & -D)
+    return first + columns
+
+
+@triton.jit
+def dot(x, w, acc):
+    """Return acc + x @ w."""
+    if INTERPRETED:  # it has no bf16 product
+        x = x.to(tl.float32)
+        w = w.to(tl.float32)
+    return tl.dot(x, w, acc)
+
+
+@triton.jit(do_not_specialize=['M'])
+def project_kernel(
+    p_y, p_weight, p_h, p_act, M, C: tl.constexpr, D: tl.constexpr, KEEP: tl.constexpr, HELD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Make act [M, D] of y [M, C] and weight [2 D, C], and with KEEP h = y weight^T [M, 2 D].
+
+    A program walks over tiles of rows, all of one tile of columns. With HELD, its weights stay in shared
+    memory, in two parts of K0 and K1 channels; else they are read for each tile, K0 channels at a time.
+    Columns of a and b alternate in the product, so that a thread has both of a result. Rows beyond the last
+    one are that again, written with the same bits as columns of two tiles are: nothing needs a mask.
+    """
+    columns = columns_of(D, BN, 1)
+    p_weight += (columns_of(D, BN, 2) + tl.arange(0, 2 * BN) % 2 * D)[None, :] * C
+    k0 = tl.arange(0, K0)
+    if HELD:
+        w0 = load(p_weight, 1, k0[:, None], C, C < K0)
+        if K1:
+            k1 = K0 + tl.arange(0, K1)
+            w1 = load(p_weight, 1, k1[:, None], C, C < K0 + K1)
+    for first in tl.range(tl.program_id(1) * BM, M, tl.num_programs(1) * BM, num_stages=STAGES):
+        start = tl.cast(first, tl.int64)
+        row = tl.minimum(tl.arange(0, BM), M - first - 1)[:, None]
+        of_y = p_y + start * C + row * C
+        ab = tl.zeros((BM, 2 * BN), tl.float32)
+        if HELD:
+            ab = dot(load(of_y, 1, k0[None, :], C, C < K0), w0, ab)
+            if K1:
+                ab = dot(load(of_y, 1, k1[None, :], C, C < K0 + K1), w1, ab)
+        else:
+            for i in range(0, C, K0):
+                y = load(of_y, 1, i + k0[None, :], C, C % K0 != 0)
+                ab = dot(y, load(p_weight, 1, i + k0[:, None], C, C % K0 != 0), ab)
+        a, b = tl.split(tl.reshape(ab, (BM, BN, 2)))
+        a, b = rounded(a, p_act), rounded(b, p_act)
+        if KEEP:
+            p_a = p_h + start * (2 * D) + row * (2 * D) + columns[None, :]
+            tl.store(p_a, a.to(p_h.dtype.element_ty))
+            tl.store(p_a + D, b.to(p_h.dtype.element_ty))
+        y = a * sigmoid(a) * b
+        tl.store(p_act + start * D + row * D + columns[None, :], y.to(p_act.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=['M'])
+def project_backward_kernel(
+    p_dz, p_weight, p_h, p_dh, p_act, M, C: tl.constexpr, D: tl.constexpr, HELD: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Make dh [M, 2 D] of dz [M, C], weight [C, D] and h, and act again; programs as project_kernel's."""
+    columns = columns_of(D, BN, 1)
+    p_weight += columns[None, :]
+    k0 = tl.arange(0, K0)
+    if HELD:
+        w0 = load(p_weight, D, k0[:, None], C, C < K0)
+        if K1:
+            k1 = K0 + tl.arange(0, K1)
+            w1 = load(p_weight, D, k1[:, None], C, C < K0 + K1)
+    for first in tl.range(tl.program_id(1) * BM, M, tl.num_programs(1) * BM, num_stages=STAGES):
+        start = tl.cast(first, tl.int64)
+        row = tl.minimum(tl.arange(0, BM), M - first - 1)[:, None]
+        at_a = row * (2 * D) + columns[None, :]
+        a = tl.load(p_h + start * (2 * D) + at_a)
+        b = tl.load(p_h + start * (2 * D) + at_a + D)
+        of_dz = p_dz + start * C + row * C
+        dy = tl.zeros((BM, BN), tl.float32)
+        if HELD:
+            dy = dot(load(of_dz, 1, k0[None, :], C, C < K0), w0, dy)
+            if K1:
+                dy = dot(load(of_dz, 1, k1[None, :], C, C < K0 + K1), w1, dy)
+        else:
+            for i in range(0, C, K0):
+                dz = load(of_dz, 1, i + k0[None, :], C, C % K0 != 0)
+                dy = dot(dz, load(p_weight, D, i + k0[:, None], C, C % K0 != 0), dy)
+        dy = dy.to(p_act.dtype.element_ty).to(tl.float32)
+        da, db, y = gradients(dy, a.to(tl.float32), b.to(tl.float32))
+        p_a = p_dh + start * (2 * D) + at_a
+        tl.store(p_a, da.to(p_dh.dtype.element_ty))
+        tl.store(p_a + D, db.to(p_dh.dtype.element_ty))
+        tl.store(p_act + start * D + row * D + columns[None, :], y.to(p_act.dtype.element_ty))
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,6 +237,69 @@ def activate_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     dx, y = torch.empty_like(x), torch.empty_like(dy)
     run(backward_kernel, (dy, x, dx, y), *reversed(dy.shape))
     return dx, y
+
+
+@functools.lru_cache(maxsize=8)
+def fits(device: torch.device) -> bool:
+    """Whether a device has the shared memory for the kernels with products."""
+    return device.type != 'cuda' or torch.cuda.get_device_capability(device) in LARGE
+
+
+def is_fused(x: Tensor, max_width: int) -> bool:
+    """Whether the product of x and a weight is one kernel with the activation."""
+    return x.element_size() == 2 and x.shape[1] <= max_width and fits(x.device)
+
+
+def tiling(channels: int, width: int, back: bool) -> dict:
+    """Constants of the kernels with products, and ``each``: programs of a multiprocessor, 0 for all."""
+    columns = min(64, max(16, 1 << width.bit_length() - 1))
+    if channels > MAX_HELD:
+        tile = {'HELD': False, 'K0': 64, 'K1': 0, 'STAGES': 3, 'each': 0}
+        return {**tile, 'BM': 128, 'BN': columns, 'num_warps': 8, 'maxnreg': 128}  # two programs fit
+    first = max(16, 1 << channels.bit_length() - 1)  # powers of two
+    second = max(16, 1 << (channels - first - 1).bit_length()) if channels > first else 0
+    rows = 64 if back or channels > 96 else 128
+    tile = {'HELD': True, 'K0': first, 'K1': second, 'STAGES': 3 if channels <= 128 else 2, 'each': 2}
+    return {**tile, 'BM': rows, 'BN': columns, 'num_warps': 4}
+
+
+@functools.lru_cache(maxsize=64)
+def product_constants(channels: int, width: int, device: torch.device, keep: bool | None) -> tuple:
+    """Constants of a kernel with a product, its tiles of columns, and most programs for each of them."""
+    tile, form = tiling(channels, width, keep is None), {} if keep is None else {'KEEP': keep}
+    columns, each = ceil_div(width, tile['BN']), tile.pop('each')
+    programs = max(1, each * multiprocessors(device) // columns) if each else MAX_GRID
+    return Constants(C=channels, D=width, **form, **tile, num_stages=tile['STAGES']), columns, programs
+
+
+def run_product(kernel, tensors: tuple[Tensor, ...], width: int, keep: bool | None = None) -> None:
+    """Launch a kernel with a product, whose rows the first tensor has; ``keep`` only forward."""
+    rows, channels = tensors[0].shape
+    if rows:
+        chosen, columns, programs = product_constants(channels, width, tensors[0].device, keep)
+        grid = columns, min(ceil_div(rows, chosen['BM']), programs), 1
+        launch(kernel, compile_key(*tensors), grid, (*tensors, rows), chosen)
+
+
+def project(y: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor | None, Tensor]:
+    """Return h = y W^T of y [M, C] and W [2 D, C], or None without ``keep``, and activate(h)."""
+    if not is_fused(y, MAX_WIDTH):
+        h = torch.mm(y, weight.t())
+        return h if keep else None, activate(h)
+    rows, width = y.shape[0], weight.shape[0] // 2
+    activated = y.new_empty(rows, width)
+    h = y.new_empty(rows, 2 * width) if keep else None
+    run_product(project_kernel, (y, weight, h if keep else activated, activated), width, keep)
+    return h, activated
+
+
+def project_backward(dz: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Return h's gradient, from dz [M, C] and W [C, D] in z = activate(h) W^T, and activate(h) again."""
+    if not is_fused(dz, MAX_BACKWARD_WIDTH):
+        return activate_backward(torch.mm(dz, weight), h)
+    dh, activated = torch.empty_like(h), h.new_empty(h.shape[0], weight.shape[1])
+    run_product(project_backward_kernel, (dz.contiguous(), weight, h, dh, activated), weight.shape[1])
+    return dh, activated
 
 
 @operator(
