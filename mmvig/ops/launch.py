@@ -19,7 +19,7 @@ INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 # The launcher's arguments are Triton's own affair: known for these versions, others go the public way.
 VERSION = tuple(map(int, triton.__version__.split('.')[:2]))
 FAST_LAUNCH = not INTERPRETED and (3, 4) <= VERSION <= (3, 8)
-MIN_CAPABILITY = (8, 0)
+MIN_CAPABILITY, MIN_VERSION = (8, 0), (3, 3)  # tuples in kernels: tried with 3.3.1, 3.4, 3.6 and 3.8
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -28,6 +28,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return 'it computes in float32, and the inputs are float64'
     if INTERPRETED:
         return None
+    if VERSION < MIN_VERSION:
+        return f'it needs Triton 3.3 or newer (torch 2.7), this is {triton.__version__}'
     if device.type != 'cuda':
         return f'it runs on CUDA devices, and the inputs are on {device}'
     capability = torch.cuda.get_device_capability(device)

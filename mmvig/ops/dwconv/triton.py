@@ -1,4 +1,4 @@
-"""Depthwise 3x3 convolution by Triton: programs walk down strips of a map, row by row."""
+"""Depthwise 3x3 convolution by Triton: threads walk down strips of a map, some columns at two channels."""
 
 import functools
 
@@ -17,174 +17,187 @@ from mmvig.ops.launch import (
     operator,
 )
 
-# Elements of a tile of columns by channels, and the most channels of one.
-TILE, BACKWARD_TILE, MAX_CHANNELS = 1024, 512, 128
-# Programs that each multiprocessor should get, if maps are large enough for strips of MIN_ROWS rows.
-FILL, MIN_ROWS = 16, 8
+# Columns of a strip: the first number that divides a map's, else the last.
+COLUMNS = 7, 4
+# Rows under way while one is made, warps of a program, channels of a thread, the most of a program, and the
+# tiles that a multiprocessor should get, if maps are large enough for strips of MIN_ROWS rows.
+FORWARD = {'AHEAD': 2, 'num_warps': 4, 'channels': 2, 'block': 64, 'fill': 8}
+BACKWARD = {'AHEAD': 1, 'num_warps': 4, 'channels': 2, 'block': 64, 'fill': 8}
+MIN_ROWS = 5
+# Programs of the backward pass that a multiprocessor has room for (registers), which share its tiles.
+RESIDENT = 3
 
 
 @triton.jit
-def load_row(p_first, h, of_row, inside, columns, H, W, C: tl.constexpr):
-    """Row h at the columns left of, at and right of each; zeros outside the map."""
-    p_row = p_first + h * of_row
-    inside = inside & (h >= 0) & (h < H)
-    left = tl.load(p_row - C, mask=inside & (columns > 0), other=0.0)
-    middle = tl.load(p_row, mask=inside, other=0.0)
-    right = tl.load(p_row + C, mask=inside & (columns < W - 1), other=0.0)
-    return left, middle, right
-
-
-@triton.jit
-def load_tap(p_w, channels, of_channel, i: tl.constexpr):
-    """The weights [1, BC] of tap i of 9."""
-    return tl.load(p_w + channels * 9 + i, mask=of_channel, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def begin(p_w, H, W, R, C: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
-    """What both kernels begin with.
-
-    A program's columns, which of its tile exist, its first and last row, the step of a row, where row 0 of
-    the tile is, the number of the strip, and the weights.
-    """
+def begin(p_w, C: tl.constexpr, BC: tl.constexpr):
+    """A program's channels [1, BC], which of them exist, and the weights [1, BC] of the nine taps."""
     blocks: tl.constexpr = (C + BC - 1) // BC
-    i_strip = tl.program_id(0) // blocks  # of columns, of a map
-    across = tl.cdiv(W, BW)
-    columns = (i_strip % across * BW + tl.arange(0, BW))[:, None]
     channels = (tl.program_id(0) % blocks * BC + tl.arange(0, BC))[None, :]
     of_channel = channels < C
-    first = tl.program_id(1) * R
-    last = tl.minimum(first + R, H) - 1
-    of_row = W.to(tl.int64) * C
-    at = i_strip // across * H * of_row + columns * C + channels
-    strip = i_strip * tl.num_programs(1) + tl.program_id(1)
-    return (
-        columns, (columns < W) & of_channel, first, last, of_row, at, strip,
-        load_tap(p_w, channels, of_channel, 0),
-        load_tap(p_w, channels, of_channel, 1),
-        load_tap(p_w, channels, of_channel, 2),
-        load_tap(p_w, channels, of_channel, 3),
-        load_tap(p_w, channels, of_channel, 4),
-        load_tap(p_w, channels, of_channel, 5),
-        load_tap(p_w, channels, of_channel, 6),
-        load_tap(p_w, channels, of_channel, 7),
-        load_tap(p_w, channels, of_channel, 8),
-    )  # fmt: skip
+    w = ()
+    for tap in tl.static_range(9):
+        w += (tl.load(p_w + channels * 9 + tap, mask=of_channel, other=0.0).to(tl.float32),)
+    return channels, of_channel, w
 
 
-@triton.jit(do_not_specialize=['H', 'W', 'R'])
+@triton.jit
+def place(tile, strips, H, W, R, C: tl.constexpr, COLUMNS: tl.constexpr, BS: tl.constexpr):
+    """First row and column, row after the last, and place of a tile's strips [BS, 1]; which exist."""
+    strip = (tile * BS + tl.arange(0, BS))[:, None]
+    across = tl.cdiv(W, COLUMNS)
+    down = tl.cdiv(H, R)
+    row = strip // across % down * R
+    column = strip % across * COLUMNS
+    at = ((strip // across // down).to(tl.int64) * H + row) * W + column
+    return row, column, tl.minimum(row + R, H), at * C, strip < strips
+
+
+@triton.jit
+def load_row(p_row, mask, column, W, C: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr):
+    """A strip's columns in a row, and HALO more on either side; zeros outside the map."""
+    pixels = ()
+    for j in tl.static_range(-HALO, COLUMNS + HALO):
+        there = mask & (column > 0) if j < 0 else mask & (column + j < W)
+        pixels += (tl.load(p_row + j * C, mask=there, other=0.0),)
+    return pixels
+
+
+@triton.jit
+def widen(pixels, N: tl.constexpr):
+    """N pixels in float32."""
+    wide = ()
+    for j in tl.static_range(N):
+        wide += (pixels[j].to(tl.float32),)
+    return wide
+
+
+@triton.jit(do_not_specialize=['strips', 'H', 'W', 'R'])
 def forward_kernel(
-    p_x, p_w, p_y, p_u, H, W, R, C: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, ACT: tl.constexpr,
-    KEEP: tl.constexpr,
+    p_x, p_w, p_y, p_u, strips, H, W, R, C: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+    BS: tl.constexpr, BC: tl.constexpr, ACT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Make R rows of y [B, H, W, C] at BW columns and BC channels; ACT: of u = silu(y), KEEP: and of y."""
-    columns, inside, first, last, of_row, at, _, w0, w1, w2, w3, w4, w5, w6, w7, w8 = begin(
-        p_w, H, W, R, C, BW, BC
-    )
-    # What the rows read so far give to the rows above the present one, and at it.
-    above = tl.zeros([BW, BC], tl.float32)
-    here = tl.zeros([BW, BC], tl.float32)
-    next_left, next_mid, next_right = load_row(p_x + at, first - 1, of_row, inside, columns, H, W, C)
-    for h in range(first - 1, last + 2):
-        left, middle, right = next_left.to(tl.float32), next_mid.to(tl.float32), next_right.to(tl.float32)
-        # A row ahead, so that it is under way while this one is used.
-        next_left, next_mid, next_right = load_row(p_x + at, h + 1, of_row, inside, columns, H, W, C)
-        above += w6 * left + w7 * middle + w8 * right
-        there = at + (h - 1) * of_row
-        y = above.to(p_y.dtype.element_ty)
-        if KEEP:
-            tl.store(p_y + there, y, mask=inside & (h > first))
-        if ACT:
-            y = y.to(tl.float32)
-            u = (y / (1 + tl.exp(-y))).to(p_u.dtype.element_ty)
-            tl.store(p_u + there, u, mask=inside & (h > first))
-        above = here + (w3 * left + w4 * middle + w5 * right)
-        here = w0 * left + w1 * middle + w2 * right
+    """Make BS strips of R rows of y [B, H, W, C] at BC channels; ACT: of u = silu(y), KEEP: and of y."""
+    channels, of_channel, w = begin(p_w, C, BC)
+    tile = tl.program_id(0) // ((C + BC - 1) // BC)
+    row, column, end, at, exists = place(tile, strips, H, W, R, C, COLUMNS, BS)
+    at += channels
+    mask = exists & of_channel
+    last = tl.minimum(end, H - 1)  # that is read
+    of_row = W.to(tl.int64) * C
+    above = widen(load_row(p_x + at - of_row, mask & (row > 0), column, W, C, COLUMNS, 1), COLUMNS + 2)
+    here = widen(load_row(p_x + at, mask, column, W, C, COLUMNS, 1), COLUMNS + 2)
+    coming = ()
+    for i in tl.static_range(1, AHEAD + 1):
+        coming += (load_row(p_x + at + i * of_row, mask & (row + i <= last), column, W, C, COLUMNS, 1),)
+    for _ in range(R):
+        below = widen(coming[0], COLUMNS + 2)
+        p_row = p_x + at + (AHEAD + 1) * of_row
+        of_next = mask & (row + (AHEAD + 1) <= last)
+        coming = coming[1:]
+        coming += (load_row(p_row, of_next, column, W, C, COLUMNS, 1),)
+        x = above, here, below
+        for j in tl.static_range(COLUMNS):
+            total = tl.zeros([BS, BC], tl.float32)
+            for tap in tl.static_range(9):
+                total += x[tap // 3][j + tap % 3] * w[tap]
+            there = mask & (row < H) & (column + j < W)
+            y = total.to(p_y.dtype.element_ty)
+            if KEEP:
+                tl.store(p_y + at + j * C, y, mask=there)
+            if ACT:
+                y = y.to(tl.float32)
+                u = (y / (1 + tl.exp(-y))).to(p_u.dtype.element_ty)
+                tl.store(p_u + at + j * C, u, mask=there)
+        above = here
+        here = below
+        at += of_row
+        row += 1
 
 
-@triton.jit(do_not_specialize=['H', 'W', 'R'])
+@triton.jit(do_not_specialize=['strips', 'H', 'W', 'R'])
 def backward_kernel(
-    p_dy, p_x, p_w, p_dx, p_dw, H, W, R, C: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr
+    p_dy, p_x, p_w, p_dx, p_dw, strips, H, W, R, C: tl.constexpr, COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Make R rows of dx at BW columns and BC channels, and their share of the weight's gradient.
+    """Make dx at every n-th tile of BS strips and BC channels, and their share of the weight's gradient.
 
     dx[h, w] = sum_ij weight[i, j] * dy[h + 1 - i, w + 1 - j]
     dw[i, j] = sum_hw x[h, w] * dy[h + 1 - i, w + 1 - j]
 
-    A row of dy serves the rows of dx and x above, at and below it. dw is [strips, C, 9].
+    n is the number of shares; dw is [n, C, 9].
     """
-    columns, inside, first, last, of_row, at, strip, w0, w1, w2, w3, w4, w5, w6, w7, w8 = begin(
-        p_w, H, W, R, C, BW, BC
-    )
-    d0 = tl.zeros([BW, BC], tl.float32)
-    d1 = tl.zeros([BW, BC], tl.float32)
-    d2 = tl.zeros([BW, BC], tl.float32)
-    d3 = tl.zeros([BW, BC], tl.float32)
-    d4 = tl.zeros([BW, BC], tl.float32)
-    d5 = tl.zeros([BW, BC], tl.float32)
-    d6 = tl.zeros([BW, BC], tl.float32)
-    d7 = tl.zeros([BW, BC], tl.float32)
-    d8 = tl.zeros([BW, BC], tl.float32)
-    above = tl.zeros([BW, BC], tl.float32)
-    here = tl.zeros([BW, BC], tl.float32)
-    x_above = tl.zeros([BW, BC], tl.float32)
-    x_here = tl.zeros([BW, BC], tl.float32)
-    next_left, next_mid, next_right = load_row(p_dy + at, first - 1, of_row, inside, columns, H, W, C)
-    next_x = tl.load(p_x + at + first * of_row, mask=inside, other=0.0)
-    for h in range(first - 1, last + 2):
-        left, middle, right = next_left.to(tl.float32), next_mid.to(tl.float32), next_right.to(tl.float32)
-        x_below = next_x.to(tl.float32)
-        next_left, next_mid, next_right = load_row(p_dy + at, h + 1, of_row, inside, columns, H, W, C)
-        next_x = tl.load(p_x + at + (h + 2) * of_row, mask=inside & (h + 1 < last), other=0.0)
-        above += w0 * right + w1 * middle + w2 * left
-        p_out = p_dx + at + (h - 1) * of_row
-        tl.store(p_out, above.to(p_dx.dtype.element_ty), mask=inside & (h > first))
-        above = here + (w3 * right + w4 * middle + w5 * left)
-        here = w6 * right + w7 * middle + w8 * left
-        d0 += x_above * right
-        d1 += x_above * middle
-        d2 += x_above * left
-        d3 += x_here * right
-        d4 += x_here * middle
-        d5 += x_here * left
-        d6 += x_below * right
-        d7 += x_below * middle
-        d8 += x_below * left
-        x_above = x_here
-        x_here = x_below
-
+    channels, of_channel, w = begin(p_w, C, BC)
     blocks: tl.constexpr = (C + BC - 1) // BC
+    share = tl.program_id(0) // blocks
+    of_row = W.to(tl.int64) * C
+    dw = (tl.zeros([BS, BC], tl.float32),) * 9
+    for tile in range(share, tl.cdiv(strips, BS), tl.num_programs(0) // blocks):
+        row, column, end, at, exists = place(tile, strips, H, W, R, C, COLUMNS, BS)
+        at += channels
+        mask = exists & of_channel
+        last = tl.minimum(end, H - 1)  # of dy that is read
+        above = widen(load_row(p_dy + at - of_row, mask & (row > 0), column, W, C, COLUMNS, 1), COLUMNS + 2)
+        here = widen(load_row(p_dy + at, mask, column, W, C, COLUMNS, 1), COLUMNS + 2)
+        coming = ()
+        coming_x = ()
+        for i in tl.static_range(AHEAD):
+            p_row = p_dy + at + (i + 1) * of_row
+            coming += (load_row(p_row, mask & (row + (i + 1) <= last), column, W, C, COLUMNS, 1),)
+            p_row = p_x + at + i * of_row
+            coming_x += (load_row(p_row, mask & (row + i < end), column, W, C, COLUMNS, 0),)
+        for _ in range(R):
+            below = widen(coming[0], COLUMNS + 2)
+            x = widen(coming_x[0], COLUMNS)
+            p_row = p_dy + at + (AHEAD + 1) * of_row
+            of_next = mask & (row + (AHEAD + 1) <= last)
+            coming = coming[1:]
+            coming += (load_row(p_row, of_next, column, W, C, COLUMNS, 1),)
+            p_row = p_x + at + AHEAD * of_row
+            coming_x = coming_x[1:]
+            coming_x += (load_row(p_row, mask & (row + AHEAD < end), column, W, C, COLUMNS, 0),)
+            dy = below, here, above
+            for j in tl.static_range(COLUMNS):
+                dx = tl.zeros([BS, BC], tl.float32)
+                sums = ()
+                for tap in tl.static_range(9):
+                    of_dy = dy[tap // 3][j + 2 - tap % 3]
+                    dx += of_dy * w[tap]
+                    sums += (dw[tap] + of_dy * x[j],)
+                dw = sums
+                there = mask & (row < H) & (column + j < W)
+                tl.store(p_dx + at + j * C, dx.to(p_dx.dtype.element_ty), mask=there)
+            above = here
+            here = below
+            at += of_row
+            row += 1
     channels = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
-    p_dw += strip.to(tl.int64) * (C * 9) + channels * 9
-    tl.store(p_dw, tl.sum(d0, axis=0), mask=channels < C)
-    tl.store(p_dw + 1, tl.sum(d1, axis=0), mask=channels < C)
-    tl.store(p_dw + 2, tl.sum(d2, axis=0), mask=channels < C)
-    tl.store(p_dw + 3, tl.sum(d3, axis=0), mask=channels < C)
-    tl.store(p_dw + 4, tl.sum(d4, axis=0), mask=channels < C)
-    tl.store(p_dw + 5, tl.sum(d5, axis=0), mask=channels < C)
-    tl.store(p_dw + 6, tl.sum(d6, axis=0), mask=channels < C)
-    tl.store(p_dw + 7, tl.sum(d7, axis=0), mask=channels < C)
-    tl.store(p_dw + 8, tl.sum(d8, axis=0), mask=channels < C)
+    p_dw += share.to(tl.int64) * (C * 9) + channels * 9
+    for tap in tl.static_range(9):
+        tl.store(p_dw + tap, tl.sum(dw[tap], axis=0), mask=channels < C)
 
 
 @functools.lru_cache(maxsize=64)
-def constants_of(channels: int, columns: int, block: int, **more) -> Constants:
+def constants_of(C: int, columns: int, channels: int, block: int, num_warps: int, **more) -> Constants:
     """Constants of both kernels."""
-    return Constants(C=channels, BW=columns, BC=block, num_warps=4, **more)
+    while C % block and block > 32:
+        block //= 2
+    strips = 32 * num_warps * channels // block
+    return Constants(C=C, COLUMNS=columns, BS=strips, BC=block, num_warps=num_warps, **more)
 
 
 @functools.lru_cache(maxsize=1024)
-def divide(shape: torch.Size, tile: int, device: torch.device, **more) -> tuple[dict, tuple, int]:
-    """Constants (and ``more``), the grid (maps by columns by channels, strips of rows), rows of a strip."""
+def divide(shape: torch.Size, device: torch.device, fill: int, **form) -> tuple[Constants, tuple, int, int]:
+    """Constants, numbers of strips and of their rows, of tiles of strips, of programs for one of these."""
     batch, height, width, channels = shape
-    block = MAX_CHANNELS
-    while block > 32 and channels % block:
-        block //= 2
-    constants = constants_of(channels, tile // block, block, **more)
-    programs = batch * ceil_div(width, constants['BW']) * ceil_div(channels, block)
-    strips = ceil_div(FILL * multiprocessors(device), programs)
-    rows = max(min(MIN_ROWS, height), ceil_div(height, strips))
-    return constants, (programs, ceil_div(height, rows), 1), rows
+    columns = next((x for x in COLUMNS if width % x == 0), COLUMNS[-1])
+    constants = constants_of(channels, columns, **form)
+    blocks = ceil_div(channels, constants['BC'])
+    across, most = batch * ceil_div(width, columns), ceil_div(height, MIN_ROWS)
+    down = min(most, ceil_div(fill * multiprocessors(device) * constants['BS'], across * blocks))
+    down = next((x for x in range(down, most + 1) if height % x == 0), down)  # or the last is shorter
+    rows = ceil_div(height, down)
+    strips = across * ceil_div(height, rows)
+    return constants, (strips, height, width, rows), ceil_div(strips, constants['BS']), blocks
 
 
 def forward(x: Tensor, weight: Tensor, act: bool = False, keep: bool = True) -> tuple[Tensor, Tensor]:
@@ -197,9 +210,10 @@ def forward(x: Tensor, weight: Tensor, act: bool = False, keep: bool = True) -> 
     u = torch.empty_like(x)
     y = torch.empty_like(x) if act and keep else u
     if u.numel():
-        constants, grid, rows = divide(x.shape, TILE, x.device, ACT=act, KEEP=keep or not act)
-        arguments = (x, weight, y, u, *x.shape[1:3], rows)
-        launch(forward_kernel, compile_key(x, weight, y, u), grid, arguments, constants)
+        options = {'ACT': act, 'KEEP': keep or not act}
+        constants, sizes, tiles, blocks = divide(x.shape, x.device, **options, **FORWARD)
+        arguments = (x, weight, y, u, *sizes)
+        launch(forward_kernel, compile_key(x, weight, y, u), (tiles * blocks, 1, 1), arguments, constants)
     return y, u
 
 
@@ -209,11 +223,12 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x)
     if not dx.numel():
         return dx, x.new_empty(0, *weight.shape, dtype=torch.float32)
-    constants, grid, rows = divide(x.shape, BACKWARD_TILE, x.device)
-    strips = grid[0] // ceil_div(x.shape[3], constants['BC']) * grid[1]
-    dw = x.new_empty(strips, *weight.shape, dtype=torch.float32)
-    arguments = (dy, x, weight, dx, dw, *x.shape[1:3], rows)
-    launch(backward_kernel, compile_key(dy, x, weight, dx), grid, arguments, constants)
+    constants, sizes, tiles, blocks = divide(x.shape, x.device, **BACKWARD)
+    # As many tiles for each share, as far as possible.
+    shares = ceil_div(tiles, ceil_div(tiles * blocks, RESIDENT * multiprocessors(x.device)))
+    dw = x.new_empty(shares, *weight.shape, dtype=torch.float32)
+    arguments = (dy, x, weight, dx, dw, *sizes)
+    launch(backward_kernel, compile_key(dy, x, weight, dx), (shares * blocks, 1, 1), arguments, constants)
     return dx, dw
 
 
