@@ -15,7 +15,7 @@ from mmvig.ops.bigla.triton import plan, scan_constants
 
 TYPES = {'p_sum': '*fp32', 'p_table': '*fp16', 'p_mask': '*i16', 'scale': 'fp32', 'inv': 'fp32'}
 # Of the fused operators: the residual stream, weights and their gradients are in float32.
-FLOATS = ['p_s', 'p_ds', 'p_scale', 'p_w', 'p_b', 'p_wl', 'p_ws', 'p_bias', 'p_dw']
+FLOATS = ['p_s', 'p_ds', 'p_scale', 'p_w', 'p_b', 'p_wl', 'p_ws', 'p_bias', 'p_dw', 'p_k', 'p_shift']
 PARTIALS = [f'p_{i}' for i in range(5)]
 FUSED_TYPES = {'p_table': '*i64', **dict.fromkeys([*FLOATS, *PARTIALS, 'p_out'], '*fp32')}
 
@@ -51,18 +51,21 @@ def bigla_launches():
 def fused_launches():
     """Kernels and constants of the fused operators at 384 channels."""
     from mmvig.ops import low_rank, partial_sums
+    from mmvig.ops.conv_norm import triton as conv_norm
     from mmvig.ops.dwconv import triton as dwconv
     from mmvig.ops.gated_mix import triton as gated_mix
     from mmvig.ops.norm import triton as norm
     from mmvig.ops.swiglu import triton as swiglu
 
+    stem = torch.Size((96, 3, 9, 9))
+    yield conv_norm.forward_kernel, conv_norm.constants(stem, 8, 1e-5, 'gelu', True)
     yield partial_sums.sum_kernel, partial_sums.CONSTANTS
     yield low_rank.backward_kernel, low_rank.constants_of(384, 16, 1168, 1168, 128)
     cpu = torch.device('cpu')
     for name in ('forward_kernel', 'backward_kernel'):
         forward = name == 'forward_kernel'
         yield getattr(swiglu, name), swiglu.constants(1024)
-        for channels, width in ((96, 256), (192, 512), (384, 1024)):
+        for channels, width in ((96, 256), (192, 512), (256, 704), (384, 1024)):
             product = swiglu.project_kernel if forward else swiglu.project_backward_kernel
             keep = True if forward else None
             yield product, swiglu.product_constants(channels, width, cpu, keep)[0]
@@ -71,7 +74,7 @@ def fused_launches():
         form = {**dwconv.FORWARD, 'ACT': True, 'KEEP': True} if forward else dwconv.BACKWARD
         yield getattr(dwconv, name), dwconv.divide((2, 14, 14, 384), cpu, **form)[0]
         tile = norm.TILE if forward else norm.BACKWARD_TILE
-        yield getattr(norm, name), norm.constants(384, tile, 1e-5, False, 'none', True, True, False)
+        yield getattr(norm, name), norm.constants(384, tile, 1e-5, False, 'none', True, True, False, False)
 
 
 def main() -> None:

@@ -36,9 +36,9 @@ def conv_norm(
         eps, act, dtype: see :func:`mmvig.ops.norm.norm`; dtype's default is the convolution's.
         stride: of the convolution.
         backend: 'torch' (the definition), 'triton' (CUDA from compute capability 8.0, half precision,
-            C_in up to 4, C up to 256: the image is read where and as it lies, and in inference nothing but
-            the result is written; its gradients by PyTorch's convolution), or 'auto', 'triton' where it
-            can. Default: 'auto'.
+            C_in up to 4, C up to 256: the image is read as it lies, and in inference nothing but the result
+            is written; gradients of the convolution by PyTorch's), or 'auto', 'triton' where it can.
+            Default: 'auto'.
 
     Returns:
         ``[B, H', W', C]`` with H' = floor((H + 2 - k) / stride) + 1.

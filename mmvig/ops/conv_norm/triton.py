@@ -6,22 +6,30 @@ import torch
 import triton
 import triton.language as tl
 
-from mmvig.ops.bigla.kernels import INTERPRETED
-from mmvig.ops.launch import Constants, ceil_div, compile_key, differentiate, launch, operator
+from mmvig.ops.arithmetic import dot, rounded
+from mmvig.ops.launch import (
+    Constants,
+    ceil_div,
+    compile_key,
+    differentiate,
+    launch,
+    multiprocessors,
+    operator,
+)
 from mmvig.ops.norm import triton as norm
 from mmvig.ops.norm.triton import activated, affine, normalised
 
-# Pixels of a program, by whether it has up to 64 channels; numbers of a patch in a product.
-PIXELS, BLOCK = {True: 128, False: 64}, 64
+# Numbers of a patch in a product; pixels of a tile by whether that is all of it; programs a multiprocessor.
+BLOCK, PIXELS, FILL = 32, {True: 128, False: 64}, 4
 
 
 @triton.jit
-def product(a, b, c):
-    """Product of a and b, added to c."""
-    if INTERPRETED:  # it has no bf16 product
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), c)
-    else:
-        return tl.dot(a, b, c)
+def load_kernel(p_k, p_z, first, C: tl.constexpr, PATCH: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr):
+    """The convolution's weights [BK, BC] of BK numbers of a patch."""
+    columns = tl.arange(0, BC)[None, :]
+    k = first + tl.arange(0, BK)[:, None]
+    weights = tl.load(p_k + columns * PATCH + k, mask=(k < PATCH) & (columns < C), other=0.0)
+    return weights.to(p_z.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=['M', 'H', 'W', 'HO', 'WO', 's_b', 's_c', 's_h', 's_w'])
@@ -30,52 +38,54 @@ def forward_kernel(
     CIN: tl.constexpr, KS: tl.constexpr, STRIDE: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr,
     ACT: tl.constexpr, KEEP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Make y = act(norm(z + shift)) of z = conv(x) at BM of M pixels [M, C]; KEEP: and z.
+    """Make y = act(norm(z + shift)) of z = conv(x) at M pixels [M, C]; KEEP: and z.
 
-    x has strides s; a product is [C, patch] times [patch, pixels], so that neighbours in a row of the image
-    are loaded side by side.
+    x has strides s. A program walks over tiles of BM pixels. Their patches are loaded as [patch, pixels],
+    so that neighbours in a row of the image are side by side.
     """
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    image = rows // (HO * WO)
-    h = (rows - image * (HO * WO)) // WO
-    w = (rows - image * (HO * WO) - h * WO) * STRIDE - 1
-    h = h * STRIDE - 1
-    p_first = p_x + image.to(tl.int64) * s_b + h.to(tl.int64) * s_h + w.to(tl.int64) * s_w
+    PATCH: tl.constexpr = CIN * KS * KS
     columns = tl.arange(0, BC)
-    z = tl.zeros([BC, BM], tl.float32)
-    for first in tl.static_range(0, CIN * KS * KS, BK):
-        k = first + tl.arange(0, BK)
-        i = k % (KS * KS) // KS
-        j = k % KS
-        at_h = h[None, :] + i[:, None]
-        at_w = w[None, :] + j[:, None]
-        inside = (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W)
-        inside = inside & (k < CIN * KS * KS)[:, None] & (rows < M)[None, :]
-        of_patch = (k // (KS * KS)).to(tl.int64) * s_c + i.to(tl.int64) * s_h + j.to(tl.int64) * s_w
-        patch = tl.load(p_first[None, :] + of_patch[:, None], mask=inside, other=0.0)
-        in_kernel = (columns < C)[:, None] & (k < CIN * KS * KS)[None, :]
-        kernel = tl.load(p_k + columns[:, None] * (CIN * KS * KS) + k[None, :], mask=in_kernel, other=0.0)
-        z = product(kernel.to(p_z.dtype.element_ty), patch.to(p_z.dtype.element_ty), z)
-    z = tl.trans(z).to(p_z.dtype.element_ty)  # rounded, as it is kept for the backward pass
-    mask = (rows < M)[:, None] & (columns < C)[None, :]
-    at = rows.to(tl.int64)[:, None] * C + columns[None, :]
-    if KEEP:
-        tl.store(p_z + at, z, mask=mask)
-    x = z.to(tl.float32) + tl.load(p_shift + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
-    x, _ = normalised(x, mask, EPS, False, C)
-    y = activated(affine(x, p_w, p_b, columns, False, C), ACT)
-    tl.store(p_y + at, y.to(p_y.dtype.element_ty), mask=mask)
+    if PATCH <= BK:
+        weights = load_kernel(p_k, p_z, 0, C, PATCH, BK, BC)
+    shift = tl.load(p_shift + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    for first in range(tl.program_id(0) * BM, M, tl.num_programs(0) * BM):
+        rows = first + tl.arange(0, BM)
+        h = rows // WO % HO * STRIDE - 1
+        w = rows % WO * STRIDE - 1
+        image = rows // (HO * WO)
+        p_first = p_x + image.to(tl.int64) * s_b + h.to(tl.int64) * s_h + w.to(tl.int64) * s_w
+        z = tl.zeros([BM, BC], tl.float32)
+        for start in range(0, PATCH, BK):
+            k = start + tl.arange(0, BK)
+            i = k % (KS * KS) // KS
+            j = k % KS
+            at_h = h[None, :] + i[:, None]
+            at_w = w[None, :] + j[:, None]
+            inside = (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W)
+            inside = inside & (k < PATCH)[:, None] & (rows < M)[None, :]
+            of_patch = (k // (KS * KS)).to(tl.int64) * s_c + i.to(tl.int64) * s_h + j.to(tl.int64) * s_w
+            patch = tl.load(p_first[None, :] + of_patch[:, None], mask=inside, other=0.0)
+            if PATCH > BK:
+                weights = load_kernel(p_k, p_z, start, C, PATCH, BK, BC)
+            z = dot(tl.trans(patch.to(p_z.dtype.element_ty)), weights, z)
+        x = rounded(z, p_z)  # as it is kept for the backward pass
+        mask = (rows < M)[:, None] & (columns < C)[None, :]
+        at = rows.to(tl.int64)[:, None] * C + columns[None, :]
+        if KEEP:
+            tl.store(p_z + at, x.to(p_z.dtype.element_ty), mask=mask)
+        x, _ = normalised(x + shift, mask, EPS, False, C)
+        y = activated(affine(x, p_w, p_b, columns, False, C), ACT)
+        tl.store(p_y + at, y.to(p_y.dtype.element_ty), mask=mask)
 
 
 @functools.lru_cache(maxsize=64)
 def constants(weight: torch.Size, stride: int, eps: float, act: str, keep: bool) -> Constants:
     """Constants of the kernel."""
     channels, in_channels, side, _ = weight
-    block = max(16, triton.next_power_of_2(channels))
     return Constants(
         CIN=in_channels, KS=side, STRIDE=stride, C=channels, EPS=eps, ACT=act, KEEP=keep,
-        BM=PIXELS[block <= 64], BK=min(BLOCK, max(16, triton.next_power_of_2(in_channels * side * side))),
-        BC=block, num_warps=4,
+        BM=PIXELS[in_channels * side * side <= BLOCK], BK=BLOCK,
+        BC=max(16, triton.next_power_of_2(channels)), num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
@@ -90,7 +100,7 @@ def forward(keep, x, conv_weight, conv_bias, weight, bias, eps, stride, low, dty
         rows, strides = size[0] * size[1] * size[2], x.stride()
         tensors = x, *norm.contiguous(conv_weight, conv_bias, weight, bias), z, y
         numbers = rows, height, width, *size[1:3], strides[0], strides[3], *strides[1:3]
-        grid = ceil_div(rows, options['BM']), 1, 1
+        grid = min(ceil_div(rows, options['BM']), FILL * multiprocessors(x.device)), 1, 1
         launch(forward_kernel, compile_key(*tensors), grid, (*tensors, *numbers), options)
     return y, z
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvig.ops.arithmetic import sigmoid
 from mmvig.ops.launch import (
     Constants,
     ceil_div,
@@ -21,9 +22,9 @@ from mmvig.ops.launch import (
 COLUMNS = 7, 4
 # Rows under way while one is made, warps of a program, channels of a thread, the most of a program, and the
 # tiles that a multiprocessor should get, if maps are large enough for strips of MIN_ROWS rows.
-FORWARD = {'AHEAD': 2, 'num_warps': 4, 'channels': 2, 'block': 64, 'fill': 8}
+FORWARD = {'AHEAD': 1, 'num_warps': 4, 'channels': 2, 'block': 64, 'fill': 8}
 BACKWARD = {'AHEAD': 1, 'num_warps': 4, 'channels': 2, 'block': 64, 'fill': 8}
-MIN_ROWS = 5
+MIN_ROWS = 7
 # Programs of the backward pass that a multiprocessor has room for (registers), which share its tiles.
 RESIDENT = 3
 
@@ -106,7 +107,7 @@ def forward_kernel(
                 tl.store(p_y + at + j * C, y, mask=there)
             if ACT:
                 y = y.to(tl.float32)
-                u = (y / (1 + tl.exp(-y))).to(p_u.dtype.element_ty)
+                u = (y * sigmoid(y)).to(p_u.dtype.element_ty)
                 tl.store(p_u + at + j * C, u, mask=there)
         above = here
         here = below

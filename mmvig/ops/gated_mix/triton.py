@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvig.ops.arithmetic import sigmoid
 from mmvig.ops.launch import (
     Constants,
     ceil_div,
@@ -41,7 +42,7 @@ def load_gate(p_gate, p_bias, rows, columns, mask, S, H: tl.constexpr, V: tl.con
     gate = tl.load(p_gate + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
         gate += tl.load(p_bias + of_row[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    return tl.sigmoid(gate), at
+    return sigmoid(gate), at
 
 
 @triton.jit(do_not_specialize=['M', 'S'])
@@ -62,7 +63,7 @@ def forward_kernel(
     gate, _ = load_gate(p_gate, p_bias, rows, columns, mask, S, H, V, BIAS)
     y = short + gate * (long - short)
     if ACT:
-        y *= tl.sigmoid(y)
+        y *= sigmoid(y)
     tl.store(p_y + at, y.to(p_y.dtype.element_ty), mask=mask)
 
 
@@ -101,7 +102,7 @@ def backward_kernel(
         difference = long * wl - short * ws
         y = short * ws + gate * difference
         if ACT:
-            s = tl.sigmoid(y)
+            s = sigmoid(y)
             dy *= s + y * s * (1 - s)
             y *= s
         tl.store(p_y + at, y.to(p_y.dtype.element_ty), mask=mask)

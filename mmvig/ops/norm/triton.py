@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvig.ops.arithmetic import normal, sigmoid
 from mmvig.ops.launch import (
     Constants,
     ceil_div,
@@ -43,9 +44,9 @@ def affine(x, p_w, p_b, columns, RMS: tl.constexpr, C: tl.constexpr):
 def activated(y, ACT: tl.constexpr):
     """The activation of y."""
     if ACT == 'gelu':
-        y *= 0.5 + 0.5 * tl.erf(y * 0.7071067811865476)
+        y *= normal(y)[0]
     elif ACT == 'silu':
-        y *= tl.sigmoid(y)
+        y *= sigmoid(y)
     return y
 
 
@@ -117,11 +118,11 @@ def backward_kernel(
         if ACT != 'none':
             y = affine(x, p_w, p_b, columns, RMS, C)
             if ACT == 'gelu':
-                density = 0.3989422804014327 * tl.exp(-0.5 * y * y)
-                dy *= 0.5 + 0.5 * tl.erf(y * 0.7071067811865476) + y * density
+                distribution, density = normal(y)
+                dy *= distribution + y * density
             else:
-                sigmoid = tl.sigmoid(y)
-                dy *= sigmoid + y * sigmoid * (1 - sigmoid)
+                gate = sigmoid(y)
+                dy *= gate + y * gate * (1 - gate)
         dw += dy * x
         db += dy
         dx = dy * w
