@@ -101,7 +101,10 @@ class Block(nn.Module):
         head_dim = x.shape[-1] // mixer.num_heads if type(mixer) is GatedTokenMixer else 0
         if not 0 < head_dim <= MAX_HEAD_DIM or x.shape[-1] > MAX_WIDTH:
             return False
-        return use_triton('mmvig.ops.bigla', self.backend, x) and self._is_plain()
+        runs = use_triton('mmvig.ops.bigla', self.backend, x) and use_triton(
+            'mmvig.ops.dwconv', self.backend, x
+        )
+        return runs and self._is_plain()
 
     def _is_plain(self) -> bool:
         if nn.modules.module._has_any_global_hook():

@@ -31,9 +31,11 @@ def _why_not_triton_cached(
         from mmvig.ops.launch import unavailable
     except ImportError as error:
         return f'Triton cannot be imported ({error})'
-    reason = unavailable(torch.device(device_type, index), dtype)
+    device = torch.device(device_type, index)
+    reason = unavailable(device, dtype)
     if reason is None:
-        importlib.import_module(f'{operator}.triton')
+        module = importlib.import_module(f'{operator}.triton')
+        reason = unavailable(device, dtype, getattr(module, 'OLDEST_TRITON', (0, 0)))
     return reason
 
 

@@ -19,17 +19,20 @@ INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 # The launcher's arguments are Triton's own affair: known for these versions, others go the public way.
 VERSION = tuple(map(int, triton.__version__.split('.')[:2]))
 FAST_LAUNCH = not INTERPRETED and (3, 4) <= VERSION <= (3, 8)
-MIN_CAPABILITY, MIN_VERSION = (8, 0), (3, 3)  # tuples in kernels: tried with 3.3.1, 3.4, 3.6 and 3.8
+MIN_CAPABILITY = (8, 0)
 
 
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton's kernels cannot run on a device and dtype, or None if they can."""
+def unavailable(device: torch.device, dtype: torch.dtype, oldest: tuple[int, int] = (0, 0)) -> str | None:
+    """Why Triton's kernels cannot run on a device and dtype, or None if they can.
+
+    ``oldest``: the first version of Triton that compiles them.
+    """
     if dtype == torch.float64:
         return 'it computes in float32, and the inputs are float64'
     if INTERPRETED:
         return None
-    if VERSION < MIN_VERSION:
-        return f'it needs Triton 3.3 or newer (torch 2.7), this is {triton.__version__}'
+    if oldest > VERSION:
+        return f'it needs Triton {oldest[0]}.{oldest[1]} or newer, this is {triton.__version__}'
     if device.type != 'cuda':
         return f'it runs on CUDA devices, and the inputs are on {device}'
     capability = torch.cuda.get_device_capability(device)

@@ -232,7 +232,7 @@ def arguments_of(name, inputs):
     bias = [None] if 'rms' in words else []
     if words[0] == 'norm':
         act = next((word for word in words if word in ('gelu', 'silu')), 'none')
-        return *inputs, *bias, 1e-5, torch.float32, act, 'first' in words
+        return *inputs, *bias, None, 1e-5, torch.float32, act, 'first' in words
     if words[0] == 'add_norm':
         scale = torch.rand(len(inputs[0]), device=DEVICE) if 'scaled' in words else None
         return *inputs[:2], scale, *inputs[2:], *bias, 1e-5, torch.float32, 'first' in words
@@ -266,7 +266,7 @@ def test_torch_compile_with_dynamic_sizes(name):
         (lambda x: swiglu(x, x[0, 0, :, :12], backend='cuda'), "'auto', 'torch' or 'triton'"),
         (lambda x: swiglu(x.double(), x[0, 0, :, :12], backend='triton'), 'float64'),
         (lambda x: dwconv3x3(x, x), r'\[C, 1, 3, 3\]'),
-        (lambda x: norm(x, x), r'weight and bias \[C\]'),
+        (lambda x: norm(x, x), r'bias and shift \[C\]'),
         (lambda x: norm(x, x[0, 0, 0], act='relu'), "one of .*'gelu'"),
         (lambda x: add_norm(x, x[:1], None, x[0, 0, 0]), 'shape of x'),
         (lambda x: gated_mix(x, x, x[:1], x[0, 0, 0], x[0, 0, 0], x[0, 0]), 'one shape and dtype'),
@@ -533,6 +533,29 @@ def test_conv_norm(size, side, stride, act, low):
     with torch.no_grad(), torch.autocast(DEVICE, low):
         y = conv_norm(inputs[0].permute(0, 2, 3, 1), *inputs[1:], backend='triton', **options)
     assert torch.equal(y, actual[0])
+
+
+@pytest.mark.parametrize('images', [False, True])
+def test_conv_norm_is_a_torch_operator(images):
+    import mmvig.ops.conv_norm.triton  # noqa: F401
+
+    x, *weights = conv_norm_inputs()
+    arguments = x.permute(0, 2, 3, 1).requires_grad_(images), *[w.requires_grad_() for w in weights]
+    options = 1e-5, 2, torch.float16, torch.float32, 'gelu'
+    tests = 'test_schema', 'test_autograd_registration', 'test_faketensor', 'test_aot_dispatch_dynamic'
+    torch.library.opcheck(
+        torch.ops.mmvig.conv_norm.default, (*arguments, *options), test_utils=tests, atol=2e-2, rtol=2e-2
+    )
+
+
+def test_old_versions_of_triton_are_named(monkeypatch):
+    from mmvig.ops import launch
+    from mmvig.ops.dwconv.triton import OLDEST_TRITON
+
+    monkeypatch.setattr(launch, 'INTERPRETED', False)
+    monkeypatch.setattr(launch, 'VERSION', (3, 1))
+    device = torch.device('cuda')
+    assert 'needs Triton 3.3 or newer' in launch.unavailable(device, torch.float32, OLDEST_TRITON)
 
 
 def test_conv_norm_names_what_is_wrong():

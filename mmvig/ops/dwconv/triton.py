@@ -18,6 +18,8 @@ from mmvig.ops.launch import (
     operator,
 )
 
+# Tuples in kernels: tried with 3.3.1, 3.4, 3.6 and 3.8.
+OLDEST_TRITON = 3, 3
 # Columns of a strip: the first number that divides a map's, else the last.
 COLUMNS = 7, 4
 # Rows under way while one is made, warps of a program, channels of a thread, the most of a program, and the

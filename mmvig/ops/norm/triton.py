@@ -44,7 +44,8 @@ def affine(x, p_w, p_b, columns, RMS: tl.constexpr, C: tl.constexpr):
 def activated(y, ACT: tl.constexpr):
     """The activation of y."""
     if ACT == 'gelu':
-        y *= normal(y)[0]
+        distribution, _ = normal(y)
+        y *= distribution
     elif ACT == 'silu':
         y *= sigmoid(y)
     return y
