@@ -69,12 +69,11 @@ def fused_launches():
             product = swiglu.project_kernel if forward else swiglu.project_backward_kernel
             keep = True if forward else None
             yield product, swiglu.product_constants(channels, width, cpu, keep)[0]
-        tile = gated_mix.TILE if forward else gated_mix.BACKWARD_TILE
-        yield getattr(gated_mix, name), gated_mix.constants(384, 32, 1e-6, False, True, tile)
+        yield getattr(gated_mix, name), gated_mix.constants(384, 32, 1e-6, False, True, not forward)
         form = {**dwconv.FORWARD, 'ACT': True, 'KEEP': True} if forward else dwconv.BACKWARD
         yield getattr(dwconv, name), dwconv.divide((2, 14, 14, 384), cpu, **form)[0]
-        tile = norm.TILE if forward else norm.BACKWARD_TILE
-        yield getattr(norm, name), norm.constants(384, tile, 1e-5, False, 'none', True, True, False, False)
+        options = norm.constants(384, not forward, 1e-5, False, 'none', True, True, False, False)
+        yield getattr(norm, name), options
 
 
 def main() -> None:

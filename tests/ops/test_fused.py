@@ -102,8 +102,10 @@ def run(case, inputs, backend, seed=1):
     return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, inputs, given)]
 
 
-def assert_accurate(case, inputs):
+def assert_accurate(case, inputs, least=1e-2):
     """Errors against float64 of at most twice plain PyTorch's in the same dtype, or of a few roundings.
+
+    ``least`` is the size of values for the latter.
 
     The interpreter truncates to bf16 where a GPU rounds: twice the error.
     """
@@ -111,7 +113,7 @@ def assert_accurate(case, inputs):
     plain, actual = run(case, inputs, 'torch'), run(case, inputs, 'triton')
     for i, (a, p, t) in enumerate(zip(actual, plain, truth, strict=True)):
         assert a.dtype == p.dtype and a.shape == p.shape and a.is_contiguous(), i
-        largest = max(t.abs().max().item(), 1e-2)  # inputs are near 1
+        largest = max(t.abs().max().item(), least)  # inputs are near 1
         error, plain_error = ((x.double() - t).abs().max().item() for x in (a, p))
         few = {torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[a.dtype]
         slack = 2 if a.dtype == torch.bfloat16 and not ON_GPU else 1
@@ -135,7 +137,8 @@ def test_half_precision_with_float32_norms(name, dtype):
 @every_case
 @pytest.mark.parametrize('size', [(1, 1, 1, 1), (2, 1, 9, 33), (1, 12, 1, 130), (3, 2, 40, 3)])
 def test_odd_sizes(name, size):
-    assert_accurate(CASES[name], make_inputs(CASES[name], size))
+    # A norm of one channel divides roundings of gradients that cancel by the root of eps.
+    assert_accurate(CASES[name], make_inputs(CASES[name], size), least=1e-2 if size[3] > 1 else 2)
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))

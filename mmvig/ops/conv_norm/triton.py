@@ -19,8 +19,8 @@ from mmvig.ops.launch import (
 from mmvig.ops.norm import triton as norm
 from mmvig.ops.norm.triton import activated, affine, normalised
 
-# Numbers of a patch in a product; pixels of a tile by whether that is all of it; programs a multiprocessor.
-BLOCK, PIXELS, FILL = 32, {True: 128, False: 64}, 4
+# Numbers of a patch in a product, pixels of a tile, programs a multiprocessor.
+BLOCK, PIXELS, FILL = 32, 64, 8
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def constants(weight: torch.Size, stride: int, eps: float, act: str, keep: bool)
     channels, in_channels, side, _ = weight
     return Constants(
         CIN=in_channels, KS=side, STRIDE=stride, C=channels, EPS=eps, ACT=act, KEEP=keep,
-        BM=PIXELS[in_channels * side * side <= BLOCK], BK=BLOCK,
+        BM=PIXELS, BK=BLOCK,
         BC=max(16, triton.next_power_of_2(channels)), num_warps=4, num_stages=1,
     )  # fmt: skip
 

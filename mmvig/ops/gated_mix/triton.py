@@ -22,8 +22,9 @@ from mmvig.ops.launch import (
     operator,
 )
 
-# Elements of a tile; programs of the backward pass, which sum up the weights' gradients, a multiprocessor.
-TILE, BACKWARD_TILE, FILL = 2048, 1024, 8
+# Elements of a tile. Of the backward pass, whose programs sum up the weights' gradients: also tiles that are
+# under way at once, and programs a multiprocessor.
+TILE, BACKWARD_TILE, STAGES, FILL = 2048, 1024, 1, 8
 
 
 @triton.jit
@@ -35,13 +36,12 @@ def load_row(p_x, at, mask, V: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def load_gate(p_gate, p_bias, rows, columns, mask, S, H: tl.constexpr, V: tl.constexpr, BIAS: tl.constexpr):
-    """Gates of rows, each one head of one token, and where they are; tokens are S apart."""
-    of_row = rows % H * V
-    at = (rows // H).to(tl.int64)[:, None] * S + of_row[:, None] + columns[None, :]
+def load_gate(p_gate, p_bias, tokens, channels, mask, S, BIAS: tl.constexpr):
+    """Gates of tokens [BR, 1], which are S apart, at channels [BR or 1, BV], and where they are."""
+    at = tokens.to(tl.int64) * S + channels
     gate = tl.load(p_gate + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
-        gate += tl.load(p_bias + of_row[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        gate += tl.load(p_bias + channels, mask=mask, other=0.0).to(tl.float32)
     return sigmoid(gate), at
 
 
@@ -60,7 +60,8 @@ def forward_kernel(
     short, _ = load_row(p_short, at, mask, V, EPS)
     long *= tl.load(p_wl + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     short *= tl.load(p_ws + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
-    gate, _ = load_gate(p_gate, p_bias, rows, columns, mask, S, H, V, BIAS)
+    channels = (rows % H * V)[:, None] + columns[None, :]
+    gate, _ = load_gate(p_gate, p_bias, (rows // H)[:, None], channels, mask, S, BIAS)
     y = short + gate * (long - short)
     if ACT:
         y *= sigmoid(y)
@@ -78,7 +79,7 @@ def store_row_gradient(p_dx, at, mask, x, inverse, dx, V: tl.constexpr):
 def backward_kernel(
     p_dy, p_long, p_gate, p_short, p_wl, p_ws, p_bias, p_dlong, p_dgate, p_dshort, p_y, p_dw, M, S,
     H: tl.constexpr, V: tl.constexpr, EPS: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
-    BR: tl.constexpr, BV: tl.constexpr,
+    BR: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Gradients and y of one head, and this program's share of the weights' in dw [2 or 3, programs, H, V].
 
@@ -91,14 +92,15 @@ def backward_kernel(
     dws = tl.zeros([BR, BV], tl.float32)
     dbias = tl.zeros([BR, BV], tl.float32)
     head = tl.program_id(1)
-    for i in range(tl.program_id(0), tl.cdiv(M, BR * H), tl.num_programs(0)):
-        rows = (i * BR + tl.arange(0, BR)) * H + head
-        mask = (rows < M)[:, None] & (columns < V)[None, :]
-        at = rows.to(tl.int64)[:, None] * V + columns[None, :]
+    channels = head * V + columns[None, :]
+    for i in tl.range(tl.program_id(0), tl.cdiv(M, BR * H), tl.num_programs(0), num_stages=AHEAD):
+        tokens = (i * BR + tl.arange(0, BR))[:, None]
+        mask = (tokens < M // H) & (columns < V)[None, :]
+        at = tokens.to(tl.int64) * (H * V) + channels
         dy = tl.load(p_dy + at, mask=mask, other=0.0).to(tl.float32)
         long, inverse_long = load_row(p_long, at, mask, V, EPS)
         short, inverse_short = load_row(p_short, at, mask, V, EPS)
-        gate, at_gate = load_gate(p_gate, p_bias, rows, columns, mask, S, H, V, BIAS)
+        gate, at_gate = load_gate(p_gate, p_bias, tokens, channels, mask, S, BIAS)
         difference = long * wl - short * ws
         y = short * ws + gate * difference
         if ACT:
@@ -124,13 +126,13 @@ def backward_kernel(
 
 
 @functools.lru_cache(maxsize=256)
-def constants(width: int, head_dim: int, eps: float, act: bool, bias: bool, tile: int) -> dict:
-    """Constants of a kernel with tiles of about ``tile`` elements."""
+def constants(width: int, head_dim: int, eps: float, act: bool, bias: bool, back: bool) -> Constants:
+    """Constants of a kernel."""
     block = triton.next_power_of_2(head_dim)
+    form = {'BR': max(1, (BACKWARD_TILE if back else TILE) // block), **({'AHEAD': STAGES} if back else {})}
     return Constants(
-        H=width // head_dim, V=head_dim, EPS=eps, ACT=act, BIAS=bias, BR=max(1, tile // block), BV=block,
-        num_warps=4,
-    )  # fmt: skip
+        H=width // head_dim, V=head_dim, EPS=eps, ACT=act, BIAS=bias, **form, BV=block, num_warps=4
+    )
 
 
 def mix(long, gate, short, weight_long, weight_short, bias, eps, act):
@@ -140,7 +142,7 @@ def mix(long, gate, short, weight_long, weight_short, bias, eps, act):
     """
     y = torch.empty_like(long)
     if y.numel():
-        options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, TILE)
+        options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, False)
         rows = y.numel() // options['V']
         tensors = long, gate, short, weight_long, weight_short, weight_long if bias is None else bias, y
         grid = ceil_div(rows, options['BR']), 1, 1
@@ -156,7 +158,7 @@ def mix_backward(dy, long, gate, short, weight_long, weight_short, bias, eps, ac
     the bias, if there is one. The gate's is written into ``dgate``, of its strides.
     """
     dlong, dshort, y = torch.empty_like(long), torch.empty_like(long), torch.empty_like(dy)
-    options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, BACKWARD_TILE)
+    options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, True)
     heads, rows = options['H'], dy.numel() // options['V']
     programs = ceil_div(rows, options['BR'] * heads)
     programs = min(programs, max(1, FILL * multiprocessors(dy.device) // heads))

@@ -18,8 +18,9 @@ from mmvig.ops.launch import (
     operator,
 )
 
-# Elements of a tile; programs of the backward pass, which sum up the weights' gradients, a multiprocessor.
-TILE, BACKWARD_TILE, FILL = 2048, 2048, 4
+# Elements of a tile. Of the backward pass, whose programs sum up the weights' gradients: also tiles that are
+# under way at once, and programs a multiprocessor.
+TILE, BACKWARD_TILE, STAGES, FILL = 2048, 2048, 1, 4
 
 
 @triton.jit
@@ -96,6 +97,7 @@ def backward_kernel(
     p_ds, p_dy, p_s, p_scale, p_w, p_b, p_shift, p_dx, p_dbranch, p_dw, M, N,
     C: tl.constexpr, EPS: tl.constexpr, RMS: tl.constexpr, ACT: tl.constexpr, ADD: tl.constexpr,
     SCALED: tl.constexpr, FIRST: tl.constexpr, SHIFT: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x, with ADD of the branch, and this program's share of dw [2, programs, C].
 
@@ -106,7 +108,7 @@ def backward_kernel(
     dw = tl.zeros([BR, BC], tl.float32)
     db = tl.zeros([BR, BC], tl.float32)
     dshift = tl.zeros([BR, BC], tl.float32)
-    for i in range(tl.program_id(0), tl.cdiv(M, BR), tl.num_programs(0)):
+    for i in tl.range(tl.program_id(0), tl.cdiv(M, BR), tl.num_programs(0), num_stages=AHEAD):
         rows = i * BR + tl.arange(0, BR)
         mask = (rows < M)[:, None] & (columns < C)[None, :]
         at = rows.to(tl.int64)[:, None] * C + columns[None, :]
@@ -152,14 +154,15 @@ def backward_kernel(
 
 @functools.lru_cache(maxsize=256)
 def constants(
-    width: int, tile: int, eps: float, rms: bool, act: str, add: bool, scaled: bool, *others: bool
+    width: int, back: bool, eps: float, rms: bool, act: str, add: bool, scaled: bool, *others: bool
 ):
-    """Constants of a kernel with tiles of about ``tile`` elements."""
+    """Constants of a kernel."""
     block = triton.next_power_of_2(width)
     first, shifted = others
+    form = {'BR': max(1, (BACKWARD_TILE if back else TILE) // block), **({'AHEAD': STAGES} if back else {})}
     return Constants(
-        C=width, EPS=eps, RMS=rms, ACT=act, ADD=add, SCALED=scaled, FIRST=first, SHIFT=shifted,
-        BR=max(1, tile // block), BC=block, num_warps=4 if block <= 2048 else 8,
+        C=width, EPS=eps, RMS=rms, ACT=act, ADD=add, SCALED=scaled, FIRST=first, SHIFT=shifted, **form,
+        BC=block, num_warps=4 if block <= 2048 else 8,
     )  # fmt: skip
 
 
@@ -175,7 +178,7 @@ def forward(x, branch, scale, weight, bias, eps, dtype, act, first, shift=None):
     if y.numel():
         rows = batch * height * width
         options = constants(
-            channels, TILE, eps, bias is None, act, branch is not None, scale is not None,
+            channels, False, eps, bias is None, act, branch is not None, scale is not None,
             first, shift is not None,
         )  # fmt: skip
         tensors = [x if each is None else each for each in (x, branch, scale, weight, bias, shift, s, y)]
@@ -192,7 +195,7 @@ def backward(ds, dy, s, scale, weight, bias, eps, act, first, branch_dtype, shif
     dbranch = None if ds is None else torch.empty_like(s, dtype=branch_dtype)
     rows = batch * height * width
     options = constants(
-        channels, BACKWARD_TILE, eps, bias is None, act, ds is not None, scale is not None,
+        channels, True, eps, bias is None, act, ds is not None, scale is not None,
         first, shift is not None,
     )  # fmt: skip
     programs = min(ceil_div(rows, options['BR']), FILL * multiprocessors(s.device))
