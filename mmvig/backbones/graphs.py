@@ -25,6 +25,7 @@ CALLS_IN_A_ROW = 5  # with 'auto', and no other kind may come between
 WORTH = 50  # replays for which a capture was worth its time
 WARM_UPS = 3  # as many as PyTorch's own function runs before a capture
 PLAIN = frozenset((Tensor, nn.Parameter))
+_capturing = threading.Lock()  # on one stream
 
 
 class Graphs:
@@ -227,6 +228,12 @@ def _state_of(backbone: nn.Module) -> tuple[list, list] | None:
     return (modules, tensors) if tensors else None
 
 
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures: cuBLAS keeps memory for each stream, for good."""
+    return torch.cuda.Stream(device)
+
+
 class _Body(nn.Module):
     """What is captured, as a module for ``torch.func.functional_call``."""
 
@@ -258,6 +265,7 @@ class _Graph:
             for name, p in parameters.items()
         }
         with (
+            _capturing,
             torch.cuda.device(x.device),
             torch.inference_mode(False),
             torch.set_grad_enabled(self.learns),
@@ -274,23 +282,21 @@ class _Graph:
         sources = [(x, self._x), *((parameters[name], weight) for name, weight in self._weights.items())]
         sources = [(source, leaf) for source, leaf in sources if leaf.requires_grad]
 
-        stream = torch.cuda.Stream()
+        self._given: list[Tensor] = []
+        stream = _side_stream(x.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.random.fork_rng([x.device]):
             for _ in range(WARM_UPS):
                 maps = torch.func.functional_call(body, self._weights, (self._x,))
-                if not self.learns:
-                    continue
-                learning = [y for y in maps if y.requires_grad]
-                self._given = [torch.zeros_like(y) for y in learning]
-                leaves = [leaf for _, leaf in sources]
-                found = torch.autograd.grad(learning, leaves, self._given, allow_unused=True)
-                sources = [
-                    pair for pair, gradient in zip(sources, found, strict=True) if gradient is not None
-                ]
-                del maps, learning, found  # they are as large as what the next pass needs
+                if self.learns:
+                    learning = [y for y in maps if y.requires_grad]
+                    self._given = self._given or [torch.zeros_like(y) for y in learning]
+                    leaves = [leaf for _, leaf in sources]
+                    found = torch.autograd.grad(learning, leaves, self._given, allow_unused=True)
+                    pairs = zip(sources, found, strict=True)
+                    sources = [source for source, gradient in pairs if gradient is not None]
+                maps = learning = found = pairs = None  # as large as what the next pass needs
         torch.cuda.current_stream().wait_stream(stream)
-        maps = None
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
 

@@ -18,9 +18,9 @@ from mmvig.ops.launch import (
     operator,
 )
 
-# Elements of a tile. Of the backward pass, whose programs sum up the weights' gradients: also tiles that are
+# Elements of a tile. Of the backward pass, whose programs sum up the weights' gradients: also the tiles
 # under way at once, and programs a multiprocessor.
-TILE, BACKWARD_TILE, STAGES, FILL = 2048, 2048, 1, 4
+TILE, BACKWARD_TILE, STAGES, FILL = 2048, 2048, 3, 2
 
 
 @triton.jit
