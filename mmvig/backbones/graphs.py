@@ -277,7 +277,7 @@ class _Graph:
         learns = x.requires_grad and self.learns
         # What autocast would make of the image; where it gets a gradient, in the graph.
         dtype = self._autocast if self._autocast and x.dtype == torch.float32 and not learns else x.dtype
-        self._x = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last).copy_(x.detach())
+        self._x = torch.empty_like(x, dtype=dtype).copy_(x.detach())
         self._x.requires_grad_(learns)
         sources = [(x, self._x), *((parameters[name], weight) for name, weight in self._weights.items())]
         sources = [(source, leaf) for source, leaf in sources if leaf.requires_grad]
