@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mmvig.ops import low_rank
 from mmvig.ops.bigla import triton as bigla
+from mmvig.ops.cast import cast
 from mmvig.ops.dwconv import triton as dwconv
 from mmvig.ops.gated_mix import triton as gated_mix
 from mmvig.ops.launch import current_stream, differentiate, operator, strided_view
@@ -57,7 +58,7 @@ class Low(NamedTuple):
 
     key: tuple | None  # dtype, device and widths; None if it is a graph's own
     stream: int
-    parts: list[Tensor]  # one for each weight, side by side
+    memory: Tensor  # all weights side by side
     views: tuple[Tensor, ...]  # [W_qkv; W_r; W_g1], W_g2, b, W_o, W_1, W_2, and these transposed
 
 
@@ -77,7 +78,7 @@ def borrow(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Low:
     if low is None or low.stream != stream:
         with torch.inference_mode(False):
             low = Low(None if capturing else key, stream, *_make(weights[0], dtype, *widths))
-    torch._foreach_copy_(low.parts, weights)
+    cast(weights, low.memory)
     return low
 
 
@@ -87,18 +88,17 @@ def give_back(low: Low) -> None:
         _unused[low.key] = low
 
 
-def _make(like: Tensor, dtype: torch.dtype, *widths: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Parts and views of new memory."""
+def _make(like: Tensor, dtype: torch.dtype, *widths: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """New memory and its views."""
     places, size = _places(*widths)
     memory = like.new_empty(size, dtype=dtype)
-    parts = [memory.as_strided(*place) for place in places[1:]]
-    views = memory.as_strided(*places[0]), *parts[3:]
-    return parts, (*views, *[view.t() for view in views])
+    views = [memory.as_strided(*place) for place in places]
+    return memory, (*views, *[view.t() for view in views])
 
 
 @functools.lru_cache(maxsize=64)
 def _places(channels: int, rank: int, hidden: int) -> tuple[list[tuple], int]:
-    """Shape, strides and start in _make()'s memory of the first three weights, of each; its size."""
+    """Shape, strides and start in _make()'s memory of the first three weights and each other; its size."""
     shapes = (
         (2 * channels, channels), (channels, channels), (rank, channels), (channels, rank), (channels,),
         (channels, channels), (2 * hidden, channels), (channels, hidden),
@@ -107,7 +107,7 @@ def _places(channels: int, rank: int, hidden: int) -> tuple[list[tuple], int]:
     for shape in shapes:
         places.append((shape, (*shape[1:], 1), start))
         start += math.prod(shape)
-    return places, start
+    return [places[0], *places[4:]], start
 
 
 def views_of(wide: Tensor, decay: Tensor, maps: Tensor, heads: int) -> list[Tensor]:

@@ -16,7 +16,7 @@ from mmvig.ops.bigla.triton import plan, scan_constants
 TYPES = {'p_sum': '*fp32', 'p_table': '*fp16', 'p_mask': '*i16', 'scale': 'fp32', 'inv': 'fp32'}
 # Of the fused operators: the residual stream, weights and their gradients are in float32.
 FLOATS = ['p_s', 'p_ds', 'p_scale', 'p_w', 'p_b', 'p_wl', 'p_ws', 'p_bias', 'p_dw', 'p_k', 'p_shift']
-PARTIALS = [f'p_{i}' for i in range(5)]
+PARTIALS = [f'p_{i}' for i in range(8)]
 FUSED_TYPES = {'p_table': '*i64', **dict.fromkeys([*FLOATS, *PARTIALS, 'p_out'], '*fp32')}
 
 
@@ -50,7 +50,7 @@ def bigla_launches():
 
 def fused_launches():
     """Kernels and constants of the fused operators at 384 channels."""
-    from mmvig.ops import low_rank, partial_sums
+    from mmvig.ops import cast, low_rank, partial_sums
     from mmvig.ops.conv_norm import triton as conv_norm
     from mmvig.ops.dwconv import triton as dwconv
     from mmvig.ops.gated_mix import triton as gated_mix
@@ -59,6 +59,7 @@ def fused_launches():
 
     stem = torch.Size((96, 3, 9, 9))
     yield conv_norm.forward_kernel, conv_norm.constants(stem, 8, 1e-5, 'gelu', True)
+    yield cast.cast_kernel, cast.constants((73728, 36864, 3072, 3072, 192, 36864, 98304, 49152))[0]
     yield partial_sums.sum_kernel, partial_sums.CONSTANTS
     yield low_rank.backward_kernel, low_rank.constants_of(384, 16, 1168, 1168, 128)
     cpu = torch.device('cpu')
