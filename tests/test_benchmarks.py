@@ -95,13 +95,19 @@ def test_fused_operators(module, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'argv', ['fused.py', *options])
     fused.main()
     rows = json.loads((tmp_path / 'fused.json').read_text())['rows']
-    assert [row['operator'] for row in rows] == list(fused.OPERATORS)
+    assert [row['operator'] for row in rows] == [name for name in fused.OPERATORS if name != 'conv_norm']
     assert not any(row['wrong'] for row in rows)
     by_name = {row['operator']: row for row in rows}
     size = 1 * 2 * 3 * 32 * 4
     assert by_name['add_norm']['floor'] * 1e9 == 4 * size + 2 * 32 * 4  # x, branch, sum, norm; weights
     # Forward x and y; backward dy, x and dx; three times the weight's size.
     assert by_name['dwconv']['training_floor'] * 1e9 == 2 * size + 3 * size + 3 * 32 * 9 * 4
+    options[5:6] = ['bf16', '--operators', 'conv_norm']
+    monkeypatch.setattr(sys, 'argv', ['fused.py', *options])
+    fused.main()
+    (row,) = json.loads((tmp_path / 'fused.json').read_text())['rows']
+    assert row['operator'] == 'conv_norm' and not row['wrong']
+    assert row['floor'] * 1e9 == 2 * (3 * 4 * 6 + 2 * 3 * 32) + 4 * (32 * 27 + 3 * 32)
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def plot(rows: list[dict], path: Path, sweep: bool) -> None:
                 if all(row['memory'] for row in own):  # on a GPU
                     others[0].semilogx(sides, [row['memory'] / row['pixels'] for row in own], line, **style)
                 continue
-            outline = {'fill': False, 'hatch': '//', 'edgecolor': style['color']}
+            outline = {'fill': False, 'hatch': '//', 'edgecolor': 'black'}  # inside a bar of its colour
             width = 0.8 / len(models)
             for some, look in ((own, style), (eager, {**outline, 'label': f'{name}, cuda_graphs=0'})):
                 at = [places.index(f'{row["shape"]} {row["dtype"]}') + width * i for row in some]

@@ -18,6 +18,7 @@ import torch
 from common import DTYPES, copy_bandwidth, kernel_time, machine, parse_shape, relative_error, save
 from torch import Tensor
 
+from mmvig.ops.conv_norm import conv_norm
 from mmvig.ops.dwconv import dwconv3x3
 from mmvig.ops.gated_mix import gated_mix
 from mmvig.ops.norm import add_norm, norm
@@ -38,6 +39,18 @@ SHAPES = {
 HEAD_DIM = 32
 # Error relative to the largest value, allowed before a time is reported.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+
+
+def image_norm(shape: tuple[int, ...], low: torch.dtype) -> tuple[Callable, list[Tensor]]:
+    """The stem's convolution of an image, its norm and GELU; the image gets no gradient."""
+    batch, height, width, channels = shape
+    image = random((batch, 3, 2 * height, 2 * width), low).permute(0, 2, 3, 1)
+
+    def run(x: Tensor, kernel: Tensor, *vectors: Tensor, backend: str) -> Tensor:
+        kernel = kernel.to(low) if backend == 'torch' else kernel
+        return conv_norm(x, kernel, *vectors, stride=2, act='gelu', backend=backend)
+
+    return run, [image, random((channels, 3, 3, 3)), *[random((channels,)) for _ in range(3)]]
 
 
 def stem_norm(shape: tuple[int, ...], low: torch.dtype) -> tuple[Callable, list[Tensor]]:
@@ -95,6 +108,7 @@ def activation(shape: tuple[int, ...], low: torch.dtype) -> tuple[Callable, list
 
 
 OPERATORS = {
+    'conv_norm': image_norm,
     'norm gelu': stem_norm,
     'add_norm': block_norm,
     'add_norm first': output_norm,
@@ -102,6 +116,7 @@ OPERATORS = {
     'gated_mix': mix,
     'swiglu': activation,
 }
+OF_STEM = 'conv_norm', 'norm gelu'
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -109,9 +124,15 @@ def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor
     return torch.randn(shape, dtype=dtype)
 
 
-def steps(function: Callable, inputs: list[Tensor], backend: str) -> tuple[Callable, Callable, int, int]:
-    """A forward, and a forward and backward step, and the bytes that each part must move."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
+def steps(
+    function: Callable, inputs: list[Tensor], backend: str, of_image: bool
+) -> tuple[Callable, Callable, int, int]:
+    """A forward, and a forward and backward step, and the bytes that each part must move.
+
+    ``of_image``: the first input is an image, without a gradient.
+    """
+    leaves = [x.detach().requires_grad_(i > 0 or not of_image) for i, x in enumerate(inputs)]
+    learning = leaves[1:] if of_image else leaves
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> None:  # nothing is kept: a tensor here may refer to its own graph
@@ -127,11 +148,11 @@ def steps(function: Callable, inputs: list[Tensor], backend: str) -> tuple[Calla
 
     def training() -> tuple[Tensor, ...]:
         outputs = tuple_of(function(*leaves, backend=backend))
-        grads = torch.autograd.grad(outputs, leaves, given)
+        grads = torch.autograd.grad(outputs, learning, given)
         return *(x.detach() for x in outputs), *grads  # a graph that is kept cannot be captured again
 
     size = sum(x.nbytes for x in (*inputs, *outputs))
-    return forward, training, size, size + sum(x.nbytes for x in (*given, *leaves)) + sum(kept.values())
+    return forward, training, size, size + sum(x.nbytes for x in (*given, *learning)) + sum(kept.values())
 
 
 def tuple_of(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -148,7 +169,7 @@ def run(name: str, shape: tuple[int, ...], dtype: torch.dtype, bandwidth: float)
     results = {}
     for backend in ('triton', 'torch'):
         torch.manual_seed(1)  # the same gradients at the outputs
-        forward, training, *sizes = steps(function, inputs, backend)
+        forward, training, *sizes = steps(function, inputs, backend, name == 'conv_norm')
         results[backend] = training()
         if backend == 'triton':
             row |= {'floor': sizes[0] / bandwidth, 'training_floor': sizes[1] / bandwidth}
@@ -199,8 +220,11 @@ def main() -> None:
     print(f'{report["machine"]}, torch {report["torch"]}, {args.dtype}, {bandwidth / 1e12:.2f} TB/s')
     print('forward, then forward + backward')
     for name in args.operators:
+        if name == 'conv_norm' and args.dtype == 'fp32':
+            print('conv_norm       is for half precision')
+            continue
         for at, shape in shapes.items():
-            if at not in SHAPES or (name == 'norm gelu') == (at == '224 stem'):
+            if at not in SHAPES or (name in OF_STEM) == (at == '224 stem'):
                 report['rows'].append(run(name, shape, DTYPES[args.dtype], bandwidth))
                 show(report['rows'][-1])
                 save(report, args.out / 'fused.json')
