@@ -191,9 +191,17 @@ def _kind_of(backbone: nn.Module, x: Tensor) -> tuple:
     return (
         torch.is_grad_enabled(), x.shape, x.dtype, x.requires_grad, backbone.training, _autocast_dtype(),
         threading.get_ident(), torch.cuda.current_stream(x.device).cuda_stream,
-        torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
-        cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic,
+        torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic,
+        *_precisions(),
     )  # fmt: skip
+
+
+def _precisions() -> tuple:
+    """Whether products and convolutions in float32 take TF32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, 'fp32_precision'):  # PyTorch then refuses to read the older flags once these are set
+        return matmul.fp32_precision, cudnn.conv.fp32_precision
+    return matmul.allow_tf32, cudnn.allow_tf32
 
 
 def _autocast_dtype() -> torch.dtype | None:
@@ -267,6 +275,7 @@ class _Graph:
         with (
             _capturing,
             torch.cuda.device(x.device),
+            torch.cuda.stream(torch.cuda.current_stream(x.device)),  # a capture that fails leaves its own
             torch.inference_mode(False),
             torch.set_grad_enabled(self.learns),
             torch.autocast('cuda', enabled=False),  # backward passes run without

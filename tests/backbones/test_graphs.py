@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -237,6 +239,22 @@ def test_auto_goes_on_without_where_a_capture_fails(policy, caplog):
 def test_auto_leaves_distributed_training_alone(policy, monkeypatch):
     monkeypatch.setattr(graphs, '_is_distributed', lambda: True)
     assert policy.call(2 * CALLS_IN_A_ROW) == 'e' * 2 * CALLS_IN_A_ROW
+
+
+def test_precisions_are_read_by_the_interface_in_use():
+    """In a process of its own, as the newer settings forbid reading the older ones for good."""
+    code = """
+import torch
+from mmvig.backbones import graphs
+before = graphs._precisions()
+if hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
+    torch.backends.cudnn.conv.fp32_precision = 'ieee'
+    torch.backends.cuda.matmul.fp32_precision = 'tf32'
+else:
+    torch.backends.cuda.matmul.allow_tf32 = True
+assert graphs._precisions() != before
+"""
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_refused_kinds_stay_without(policy):
@@ -640,6 +658,7 @@ def test_auto_goes_on_after_a_capture_that_fails(deterministic):
         assert_same(train_step(model, images(step)), train_step(plain, images(step)))
         assert_same(gradients(model), gradients(plain))
     assert model._graphs.limit == 0
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 @gpu
