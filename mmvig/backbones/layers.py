@@ -78,25 +78,20 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C_in] -> [B, H', W', C_out], in float32 under autocast unless an activation follows."""
-        conv = self.conv
+        conv, weights = self.conv, (self.norm.weight, self.norm.bias, self.norm.eps)
         # The residual connections start where no activation follows.
         dtype = self.norm.weight.dtype if self.act == 'none' else autocast_dtype(x)
-        weights, options = (
-            (self.norm.weight, self.norm.bias, self.norm.eps),
-            {'act': self.act, 'dtype': dtype},
-        )
+        options = {'act': self.act, 'dtype': dtype, 'backend': self.backend}
         fused = _is_plain(conv) and use_triton('mmvig.ops.norm', self.backend, x)
         if fused and takes(x, conv.weight):
-            return conv_norm(
-                x, conv.weight, conv.bias, *weights, stride=conv.stride[0], backend=self.backend, **options
-            )
+            return conv_norm(x, conv.weight, conv.bias, *weights, stride=conv.stride[0], **options)
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         if fused:
             # Its bias with the norm: PyTorch's convolutions on a GPU add it in a pass of its own.
             x, options['shift'] = F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
         else:
             x = conv(x)
-        return norm(x.permute(0, 2, 3, 1), *weights, backend=self.backend, **options)
+        return norm(x.permute(0, 2, 3, 1), *weights, **options)
 
 
 def _is_plain(conv: nn.Module) -> bool:

@@ -591,3 +591,14 @@ def test_shift_is_added_before_the_norm():
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for e, a in zip(*results, strict=True):
         torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
+
+
+def test_cast():
+    from mmvig.ops.cast import BLOCK, cast
+
+    sizes = (3, BLOCK), (BLOCK + 1,), (1,), (2, 5), (7,), (BLOCK,), (3, 1, 2), (11,)
+    sources = [torch.randn(size, device=DEVICE) for size in sizes]
+    sources[3] = sources[3].t()  # copied first
+    out = torch.empty(sum(x.numel() for x in sources), dtype=torch.float16, device=DEVICE)
+    cast(sources, out)
+    assert torch.equal(out, torch.cat([x.flatten() for x in sources]).half())
