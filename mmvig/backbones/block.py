@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mmvig.backbones.layers import DWConv, LayerNorm, RMSNorm, SwiGLU, fused_backend
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.ops.bigla import MAX_WIDTH as MAX_HEAD_DIM
-from mmvig.ops.choice import autocast_dtype, use_triton
+from mmvig.ops.choice import autocast_dtype, has_global_hooks, has_hooks, use_triton
 from mmvig.ops.norm import MAX_WIDTH
 
 Factors = tuple[Tensor | None, Tensor | None]
@@ -107,17 +107,13 @@ class Block(nn.Module):
         return runs and self._is_plain()
 
     def _is_plain(self) -> bool:
-        if nn.modules.module._has_any_global_hook():
+        if has_global_hooks():
             return False
         # nn.Module's own look-up of submodules takes longer than all else here.
         modules = self._modules
         children = *modules.values(), *modules['mixer']._modules.values(), *modules['mlp']._modules.values()
-        if not PLAIN.issuperset(map(type, children)):
-            return False
         for child in children:
-            if child._forward_hooks or child._forward_pre_hooks:
-                return False
-            if child._backward_hooks or child._backward_pre_hooks:
+            if type(child) not in PLAIN or has_hooks(child):
                 return False
         return modules['norm1'].eps == modules['norm2'].eps
 

@@ -18,7 +18,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmvig.ops.choice import is_watched
+from mmvig.ops.choice import has_global_hooks, has_hooks, is_watched
 
 CALLS = 3  # the call with a kind of input that captures
 CALLS_IN_A_ROW = 5  # with 'auto', and no other kind may come between
@@ -214,15 +214,13 @@ def _state_of(backbone: nn.Module) -> tuple[list, list] | None:
     None if a replay would miss something: hooks of submodules, subclasses of Tensor, or parameters that are
     elsewhere, as FSDP's.
     """
-    if nn.modules.module._has_any_global_hook():
+    if has_global_hooks():
         return None
     modules, tensors, rest = [], [], [backbone]
     while rest:
         module = rest.pop()
         if module is not backbone:  # its own hooks are called outside, and holding it would make a cycle
-            if module._forward_hooks or module._forward_pre_hooks:
-                return None
-            if module._backward_hooks or module._backward_pre_hooks:
+            if has_hooks(module):
                 return None
             modules += module, module.training, getattr(module, 'rate', None)
         for members in (module._parameters, module._buffers):

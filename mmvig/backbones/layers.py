@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvig.ops.choice import autocast_dtype, use_triton
+from mmvig.ops.choice import autocast_dtype, has_global_hooks, has_hooks, use_triton
 from mmvig.ops.conv_norm import conv_norm, takes
 from mmvig.ops.dwconv import dwconv3x3
 from mmvig.ops.norm import add_norm, norm
@@ -96,13 +96,7 @@ class ConvNorm(nn.Module):
 
 def _is_plain(conv: nn.Module) -> bool:
     """Whether calling the module is its convolution and nothing else."""
-    return type(conv) is nn.Conv2d and not (
-        conv._forward_hooks
-        or conv._forward_pre_hooks
-        or conv._backward_hooks
-        or conv._backward_pre_hooks
-        or nn.modules.module._has_any_global_hook()
-    )
+    return type(conv) is nn.Conv2d and not (has_hooks(conv) or has_global_hooks())
 
 
 class DWConv(nn.Conv2d):

@@ -1,10 +1,10 @@
-"""Whether an operator's Triton form can run."""
+"""Whether an operator's Triton form can run, and whether its parts may be called past their modules."""
 
 import functools
 import importlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def why_not_triton(operator: str, x: Tensor) -> str | None:
@@ -64,6 +64,27 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast would compute a product with ``x`` in: its own where autocast is off."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its forward()."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether calling any module does."""
+    modules = nn.modules.module
+    return bool(
+        modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
 
 
 def is_watched() -> bool:

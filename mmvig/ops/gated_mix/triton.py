@@ -36,13 +36,10 @@ def load_row(p_x, at, mask, V: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def load_gate(p_gate, p_bias, tokens, channels, mask, S, BIAS: tl.constexpr):
+def load_gate(p_gate, tokens, channels, bias, mask, S):
     """Gates of tokens [BR, 1], which are S apart, at channels [BR or 1, BV], and where they are."""
     at = tokens.to(tl.int64) * S + channels
-    gate = tl.load(p_gate + at, mask=mask, other=0.0).to(tl.float32)
-    if BIAS:
-        gate += tl.load(p_bias + channels, mask=mask, other=0.0).to(tl.float32)
-    return sigmoid(gate), at
+    return sigmoid(tl.load(p_gate + at, mask=mask, other=0.0).to(tl.float32) + bias), at
 
 
 @triton.jit(do_not_specialize=['M', 'S'])
@@ -61,7 +58,10 @@ def forward_kernel(
     long *= tl.load(p_wl + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     short *= tl.load(p_ws + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     channels = (rows % H * V)[:, None] + columns[None, :]
-    gate, _ = load_gate(p_gate, p_bias, (rows // H)[:, None], channels, mask, S, BIAS)
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(p_bias + channels, mask=mask, other=0.0).to(tl.float32)
+    gate, _ = load_gate(p_gate, (rows // H)[:, None], channels, bias, mask, S)
     y = short + gate * (long - short)
     if ACT:
         y *= sigmoid(y)
@@ -93,6 +93,9 @@ def backward_kernel(
     dbias = tl.zeros([BR, BV], tl.float32)
     head = tl.program_id(1)
     channels = head * V + columns[None, :]
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(p_bias + channels, mask=columns[None, :] < V, other=0.0).to(tl.float32)
     for i in tl.range(tl.program_id(0), tl.cdiv(M, BR * H), tl.num_programs(0), num_stages=AHEAD):
         tokens = (i * BR + tl.arange(0, BR))[:, None]
         mask = (tokens < M // H) & (columns < V)[None, :]
@@ -100,7 +103,7 @@ def backward_kernel(
         dy = tl.load(p_dy + at, mask=mask, other=0.0).to(tl.float32)
         long, inverse_long = load_row(p_long, at, mask, V, EPS)
         short, inverse_short = load_row(p_short, at, mask, V, EPS)
-        gate, at_gate = load_gate(p_gate, p_bias, tokens, channels, mask, S, BIAS)
+        gate, at_gate = load_gate(p_gate, tokens, channels, bias, mask, S)
         difference = long * wl - short * ws
         y = short * ws + gate * difference
         if ACT:
