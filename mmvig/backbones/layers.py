@@ -4,6 +4,8 @@
 where they can run, 'triton' insists on them, anything else takes PyTorch's.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,6 +92,8 @@ class ConvNorm(nn.Module):
             return conv_norm(
                 x, conv.weight, conv.bias, *weights, stride=conv.stride[0], backend=self.backend, **options
             )
+        if _few_patches(conv, x):
+            return norm(_conv_by_product(conv, x), *weights, backend=self.backend, **options)
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
         if fused:
             # Its bias with the norm: PyTorch's convolutions on a GPU add it in a pass of its own.
@@ -97,6 +101,26 @@ class ConvNorm(nn.Module):
         else:
             x = conv(x)
         return norm(x.permute(0, 2, 3, 1), *weights, backend=self.backend, **options)
+
+
+def _few_patches(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a convolution on a CPU is to be a product, its patches taking less memory than its weight.
+
+    PyTorch's copies the weight twice a call. What it frees then, malloc gives back to the system: at 224x224
+    the page faults of getting it again were a fifth of ViG-H-T's time, and the last convolution is 1.6 times
+    as fast as a product.
+    """
+    if x.device.type != 'cpu' or torch.compiler.is_compiling() or not _is_plain(conv):
+        return False
+    sides = ((n + 2 - k) // s + 1 for n, k, s in zip(x.shape[1:3], conv.kernel_size, conv.stride, strict=True))
+    return 0 < x.shape[0] * math.prod(sides) < conv.out_channels
+
+
+def _conv_by_product(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """[B, H, W, C_in] -> [B, H', W', C_out]."""
+    (height, width), (down, right) = conv.kernel_size, conv.stride
+    patches = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, height, down).unfold(2, width, right)
+    return F.linear(patches.flatten(3), conv.weight.flatten(1), conv.bias)
 
 
 def _is_plain(conv: nn.Module) -> bool:
