@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from mmvig.backbones.layers import DWConv, fused_backend
 from mmvig.ops.bigla import bigla_packed, check_backend
 from mmvig.ops.gated_mix import gated_mix
+from mmvig.ops.linear import apply_linear
 
 # Width of the low-rank step that makes the decay gates' logits.
 GATE_RANK = 16
@@ -68,10 +69,12 @@ class GatedTokenMixer(nn.Module):
         if self.conv_act:
             u = F.silu(u)
         tokens = u.flatten(1, 2)  # [B, N, C]
-        decay_gates = self.decay_up(self.decay_down(tokens))
-        o = bigla_packed(self.qkv(tokens), decay_gates, self.num_heads, backend=self.backend)
+        decay_gates = self.decay_up(apply_linear(self.decay_down, tokens))
+        qkv = apply_linear(self.qkv, tokens)
+        o = bigla_packed(qkv, decay_gates, self.num_heads, backend=self.backend)
 
         weights = self.norm_long.weight, self.norm_short.weight, self.out.weight
         options = {'act': self.out_act, 'backend': fused_backend(self.backend)}
-        y = gated_mix(o, self.mix_gate(tokens), tokens, *weights, self.norm_long.eps, **options)
+        gate = apply_linear(self.mix_gate, tokens)
+        y = gated_mix(o, gate, tokens, *weights, self.norm_long.eps, **options)
         return y.view(x.shape)

@@ -87,6 +87,11 @@ def has_global_hooks() -> bool:
     )
 
 
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether calling a module is what its type ``kind`` does and nothing else."""
+    return type(module) is kind and not (has_hooks(module) or has_global_hooks())
+
+
 def is_watched() -> bool:
     """Whether a dispatch mode, a tracer or a transform of torch.func must see each operator."""
     return (

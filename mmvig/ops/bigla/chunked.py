@@ -18,9 +18,10 @@ CHUNK = 8
 # Chunks that are solved at once by their pairwise decays, and how many may be without grouping.
 GROUP = 16
 UNGROUPED = 32
-# The factored form on CPUs: tokens per chunk, and the largest |log decay| over one. Its factors stay within
-# exp(+-20), where float32 loses no more than a digit.
-MILD_CHUNK = 32
+# The factored form on CPUs: tokens per chunk at most, fewer where the gates are too strong for the first,
+# and the largest |log decay| over one. Its factors stay within exp(+-20), where float32 loses no more than
+# a digit. 49 tokens of the last stage of a 224x224 image are one chunk without states.
+MILD_CHUNKS = 49, 32
 MILD_SPAN = 40.0
 # Doubling steps in a traced graph, where N is symbolic: enough for 2^20 groups, 134 million tokens.
 TRACED_STEPS = 20
@@ -49,9 +50,10 @@ def _forward(
     with torch.autocast(v.device.type, enabled=False):
         compute_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
         if compute_dtype == torch.float32 and v.device.type == 'cpu' and not torch.compiler.is_compiling():
-            o = _mild_forward(q, k, v, g_fwd, g_bwd, scale, normalizer)
-            if o is not None:
-                return o.to(v.dtype)
+            for most in MILD_CHUNKS:
+                o = _mild_forward(q, k, v, g_fwd, g_bwd, scale, normalizer, most)
+                if o is not None:
+                    return o.to(v.dtype)
         num_tokens = q.shape[1]
         q_c = _split(q.to(compute_dtype) * (scale / 2))  # [B, n, H, K, C]
         k_c = _split(k.to(compute_dtype))
@@ -70,21 +72,30 @@ def _forward(
 
 
 def _mild_forward(
-    q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_bwd: Tensor, scale: float, normalizer: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_fwd: Tensor,
+    g_bwd: Tensor,
+    scale: float,
+    normalizer: float,
+    most: int = MILD_CHUNKS[0],
 ) -> Tensor | None:
-    """The same in float32 in the factored form; None if the gates are too strong for that.
+    """The same in float32 in the factored form; None if gates are too strong for ``most`` tokens a chunk.
 
     decay(t, s) = exp(c_t - h) * exp(h - c_s), c the running sum of log decays and h half the chunk's.
     Reads gate values to decide, so it is for eager mode on CPUs.
     """
     num_tokens = q.shape[1]
-    pad = -num_tokens % MILD_CHUNK
+    num_chunks = -(-num_tokens // most)
+    size = -(-num_tokens // num_chunks)  # even chunks: the least padding
+    pad = num_chunks * size - num_tokens
 
     def chunks(x: Tensor, fill: float = 0.0) -> Tensor:
         """[B, N, H, D] -> [B, n, H, C, D] in float32."""
         if pad:
             x = F.pad(x, (0, 0, 0, 0, 0, pad), value=fill)
-        x = x.unflatten(1, (-1, MILD_CHUNK)).transpose(2, 3)
+        x = x.unflatten(1, (num_chunks, size)).transpose(2, 3)
         return x.to(torch.float32).contiguous()
 
     # A logit of +inf is a log decay of 0: padding changes no state.
@@ -106,6 +117,8 @@ def _mild_forward(
     pairs.diagonal(dim1=-2, dim2=-1).copy_(2 * (q_c * k_c).sum(-1))
     o = pairs @ v_c
     for i, reverse in enumerate((False, True)):
+        if num_chunks == 1:
+            break  # no state enters it
         to_end = halves[i].exp().transpose(-1, -2)
         update = (keys[i].transpose(-1, -2) @ v_c) * to_end
         o += queries[i] @ (_entry_states(totals[i], update, reverse) * to_end)

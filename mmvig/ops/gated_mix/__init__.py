@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.ops.choice import autocast_dtype, use_triton
+from mmvig.ops.linear import linear
 
 __all__ = ['gated_mix']
 
@@ -68,4 +69,4 @@ def gated_mix(
     y = torch.lerp(*parts, gate.sigmoid().unflatten(-1, (-1, head_dim)).to(parts[0].dtype))
     if act:
         y = F.silu(y)
-    return F.linear(y.flatten(-2).to(long.dtype), weight_out)
+    return linear(y.flatten(-2).to(long.dtype), weight_out)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.ops.choice import autocast_dtype, use_triton
+from mmvig.ops.linear import linear
 
 __all__ = ['swiglu']
 
@@ -37,4 +38,4 @@ def swiglu(x: Tensor, weight: Tensor, *, backend: str = 'auto') -> Tensor:
         dtype = autocast_dtype(x)
         return swiglu_op(x.to(dtype), weight.to(dtype))
     a, b = x.chunk(2, dim=-1)
-    return F.linear(F.silu(a) * b, weight)
+    return linear(F.silu(a) * b, weight)
