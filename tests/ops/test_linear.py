@@ -1,4 +1,4 @@
-"""Linear layers and convolutions as products on a CPU: PyTorch's results, and modules with hooks are called."""
+"""Linear layers and convolutions as products on a CPU: PyTorch's results, and hooks are called."""
 
 import pytest
 import torch
@@ -31,10 +31,11 @@ def test_linear(tensors, dtype, mode):
 
 def test_gradients(tensors):
     x, weight, bias = (t.requires_grad_() for t in tensors)
-    for function in (linear, F.linear):
-        grads = torch.autograd.grad(function(x, weight, bias).square().sum(), (x, weight, bias))
-        expected = grads if function is linear else expected
-    for a, e in zip(grads, expected, strict=True):
+    results = [
+        torch.autograd.grad(function(x, weight, bias).square().sum(), (x, weight, bias))
+        for function in (linear, F.linear)
+    ]
+    for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e)
     x, weight, bias = (t.detach() for t in tensors)
     y, tangent = torch.func.jvp(lambda x: linear(x, weight), (x,), (x,))
