@@ -255,7 +255,7 @@ def test_memory_running_out_ends_one_row(module, monkeypatch, tmp_path):
 
     monkeypatch.setattr(backbone, 'peak_memory', full)
     options = dict(device='cpu', seconds=0.01, peers_from='torchvision', backend='auto', profile=False)
-    args = argparse.Namespace(**options, compile=False, graph=False, eager=False)
+    args = argparse.Namespace(**options, compile=[], graph=False, eager=False)
     benchmark = backbone.Benchmark(args, tmp_path / 'it.json')
     swin = backbone.choose(['Swin-T'])[0]
     benchmark.run(swin, backbone.Shape(1, 32, 32), 'fp32', ['inference'])

@@ -2,7 +2,7 @@
 
     python tools/benchmark/backbone.py --list                              # models and shapes
     python tools/benchmark/backbone.py                                     # all of them, on the GPU
-    python tools/benchmark/backbone.py --models 'ViG-H-[TS]' 'Swin-[TS]' --shapes '800x1216 b2' --compile
+    python tools/benchmark/backbone.py --models 'ViG-H-[TS]' --shapes '800x1216 b2' --compile default
     python tools/benchmark/backbone.py --models ViG-H-T --profile          # which kernels the time goes to
     python tools/benchmark/backbone.py --sweep                             # 224 to 4096: time a pixel
     python tools/benchmark/backbone.py --device cpu --quick                # does it run at all
@@ -51,6 +51,7 @@ QUICK_SWEEP_SIDES = (32, 64)
 SWEEP_SIDES = (224, 512, 1024, 1536, 2048, 3072, 4096)
 SWEEP_PIXELS = 2 * 2048**2  # in a batch, so that small images fill the device as well
 STEPS = ('inference', 'training')
+COMPILED = {'default': 'compiled', 'reduce-overhead': 'comp+graph'}  # torch.compile's modes, a row's
 PROFILE_LINES = 14
 KEPT_KERNELS = 60
 
@@ -148,10 +149,11 @@ class Benchmark:
         release(self.device)
 
     def modes(self, entry: Entry, kind: str, shape: Shape) -> list[str]:
-        """How a step is run: 'default', 'eager', 'compiled', 'graph'."""
+        """How a step is run: 'default', 'eager', one of COMPILED's, 'graph'."""
         graph = self.args.graph and kind == 'inference' and shape.batch == 1
         eager = self.args.eager and entry.ours
-        return ['default'] + ['eager'] * eager + ['compiled'] * self.args.compile + ['graph'] * graph
+        compiled = [COMPILED[mode] for mode in self.args.compile]
+        return ['default'] + ['eager'] * eager + compiled + ['graph'] * graph
 
     def prepare(self, entry: Entry, shape: Shape, dtype: str) -> tuple[nn.Module, Tensor]:
         """The model and its images, on the device; ours checked, once a precision."""
@@ -177,9 +179,9 @@ class Benchmark:
     ) -> dict:
         """Check and measure one step."""
         module = model
-        if mode == 'compiled':
+        if mode in COMPILED.values():
             torch.compiler.reset()  # shapes of other rows would make this one's dynamic
-            module = torch.compile(model)
+            module = torch.compile(model, mode=next(m for m, name in COMPILED.items() if name == mode))
         elif mode == 'eager':
             model._graphs = Graphs(0)
         step = make_step(model, module, x, dtype, kind)
@@ -218,7 +220,7 @@ class Benchmark:
 
     def show(self, row: dict) -> None:
         """Print a row."""
-        head = f'  {row["model"]:11}{row["step"]:10}{row["mode"]:9}{row["dtype"]:5}'
+        head = f'  {row["model"]:11}{row["step"]:10}{row["mode"]:11}{row["dtype"]:5}'
         if row['status'] != 'ok':
             print(f'{head}{": ".join([row["status"], *filter(None, [row.get("reason")])])}', flush=True)
             return
@@ -338,7 +340,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--sweep', action='store_true', help=f'square images of sides {SWEEP_SIDES} instead'
     )
-    parser.add_argument('--compile', action='store_true', help='also with torch.compile')
+    parser.add_argument(
+        '--compile',
+        nargs='+',
+        choices=COMPILED,
+        default=[],
+        help="also with torch.compile in these modes; 'reduce-overhead' makes CUDA graphs",
+    )
     parser.add_argument('--graph', action='store_true', help='at batch 1 also as a CUDA graph')
     parser.add_argument('--eager', action='store_true', help='ours also without CUDA graphs')
     parser.add_argument('--profile', action='store_true', help='list the kernels by their total time')
