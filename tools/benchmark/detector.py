@@ -217,15 +217,16 @@ def timed(step, marks: BackboneMarks, parts: list[str], repeats: int, warm_up: i
 
     Returns:
         Seconds of the whole, ``backbone_<part>``, the backbone's ``backbone_share`` of the whole,
-        and ``memory``, the peak of allocated bytes (None on a CPU).
+        and ``memory``, the peak of allocated bytes from the first call on, as those of a CUDA graph
+        count only while it is captured (None on a CPU).
     """
     clock = marks.clock
+    if clock.cuda:
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(warm_up):
         step()
     clock.wait()
     marks.take()
-    if clock.cuda:
-        torch.cuda.reset_peak_memory_stats()
     rows = []
     for _ in range(repeats):
         begin = clock.mark()
