@@ -27,7 +27,13 @@ from mmvig.ops.bigla import triton as bigla
 from mmvig.ops.cast import cast
 from mmvig.ops.dwconv import triton as dwconv
 from mmvig.ops.gated_mix import triton as gated_mix
-from mmvig.ops.launch import current_stream, differentiate, operator, strided_view
+from mmvig.ops.launch import (
+    current_stream,
+    differentiate,
+    operator,
+    refuse_gradients,
+    strided_view,
+)
 from mmvig.ops.norm import triton as norm
 from mmvig.ops.partial_sums import sum_partials
 from mmvig.ops.swiglu import triton as swiglu
@@ -200,11 +206,13 @@ def forward(
     return s, z, *kept
 
 
-@operator(
-    f'block({INPUTS}) -> ({", ".join(["Tensor"] * 9)})',
-    _fake_block,
-    inference=functools.partial(forward, False),
-)
+@operator(f'block_inference({INPUTS}) -> (Tensor, Tensor)', lambda *args: _fake_block(*args)[:2])
+def block_inference_op(*args):
+    """:func:`block_op` where nothing is kept for a backward pass."""
+    return forward(False, *args)
+
+
+@operator(f'block({INPUTS}) -> ({", ".join(["Tensor"] * 9)})', _fake_block, inference=block_inference_op)
 def block_op(*args):
     """A block's s' and its branch, and what the backward pass needs; arguments are validated."""
     return forward(True, *args)
@@ -354,3 +362,4 @@ def like(grad: Tensor, weight: Tensor | None) -> Tensor | None:
 
 
 differentiate('block', _backward, _keep, outputs=2)
+refuse_gradients('block_inference')

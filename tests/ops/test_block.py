@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from compiled import compile_and_see
 from torch import nn
 
 from mmvig.backbones.block import Block
@@ -111,6 +112,8 @@ def test_is_a_torch_operator(monkeypatch):
     """Without a branch, which test_compiled_is_the_same has."""
     args = arguments(make('ViG-T'), (*make_inputs(branch=False), None), monkeypatch)
     torch.library.opcheck(ops.block_op.op, args)
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+    torch.library.opcheck(ops.block_inference_op.op, args)
 
 
 def test_second_derivative_is_refused():
@@ -140,6 +143,29 @@ def test_compiled_is_the_same():
         inputs = make_inputs(size)
         for actual, expected in zip(run(compiled, inputs), run(block, inputs), strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+def test_compiled_inference_keeps_nothing():
+    block, inputs = make(), make_inputs()
+    compiled, seen = compile_and_see(block)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for actual, expected in zip(compiled(*inputs)[:2], block(*inputs)[:2], strict=True):
+                torch.testing.assert_close(actual, expected)
+    assert set(seen) == {'mmvig.block_inference.default'}
+    seen.clear()
+    for actual, expected in zip(run(compiled, inputs), run(block, inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert seen == ['mmvig.block.default', 'mmvig.block_backward.default']
+
+
+def test_inference_has_no_gradient(monkeypatch):
+    """As where a graph made without gradients is called with them."""
+    inputs = make_inputs(branch=False)
+    args = arguments(make('ViG-T'), (*inputs, None), monkeypatch)
+    s, _ = ops.block_inference_op.op(*args)
+    with pytest.raises(RuntimeError, match='with gradients disabled'):
+        s.sum().backward()
 
 
 def test_same_bits_however_it_runs():
