@@ -17,6 +17,7 @@ Importing this module imports Triton.
 
 import functools
 import math
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,14 @@ from mmvig.ops.bigla import triton as bigla
 from mmvig.ops.cast import cast
 from mmvig.ops.dwconv import triton as dwconv
 from mmvig.ops.gated_mix import triton as gated_mix
-from mmvig.ops.launch import current_stream, differentiate, operator, strided_view
+from mmvig.ops.lasting import is_capturing, lasting
+from mmvig.ops.launch import (
+    current_stream,
+    differentiate,
+    operator,
+    refuse_gradients,
+    strided_view,
+)
 from mmvig.ops.norm import triton as norm
 from mmvig.ops.partial_sums import sum_partials
 from mmvig.ops.swiglu import triton as swiglu
@@ -56,14 +64,14 @@ OPTIONS = 'int heads, float eps, float mix_eps, bool conv_act, bool out_act'
 class Low(NamedTuple):
     """Memory for a block's weights in half precision, used on one stream."""
 
-    key: tuple | None  # dtype, device and widths; None if it is a graph's own
-    stream: int
+    key: tuple | None  # dtype, device, stream and widths; None if it is a graph's own
     memory: Tensor  # all weights side by side
     views: tuple[Tensor, ...]  # [W_qkv; W_r; W_g1], W_g2, b, W_o, W_1, W_2, and these transposed
 
 
-# What no block is using, by key.
-_unused: dict[tuple, Low] = {}
+# What no block is using, by key: as many as threads have used at once. Of a stream each, rather than made
+# anew where streams take turns: to make it, the host waits for the default stream.
+_unused: defaultdict[tuple, list[Low]] = defaultdict(list)
 
 
 def borrow(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Low:
@@ -72,12 +80,17 @@ def borrow(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Low:
     They are copied anew each time, since nothing tells of a change by ``weight.data``.
     """
     device, widths = weights[0].device, (weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
-    key, stream = (dtype, device, widths), current_stream(device)
-    capturing = device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
-    low = None if capturing else _unused.pop(key, None)  # one step, for threads that share a stream
-    if low is None or low.stream != stream:
-        with torch.inference_mode(False):
-            low = Low(None if capturing else key, stream, *_make(weights[0], dtype, *widths))
+    make = functools.partial(_make, device, dtype, *widths)
+    if is_capturing(device):
+        low = Low(None, *make())
+    else:
+        key = dtype, device, current_stream(device), widths
+        try:
+            low = _unused[key].pop()  # one step, for threads that share a stream
+        except IndexError:
+            low = Low(key, *lasting(make, device))
+            if device.type == 'cuda':  # it is freed if an error comes before give_back()
+                low.memory.record_stream(torch.cuda.current_stream(device))
     cast(weights, low.memory)
     return low
 
@@ -85,13 +98,13 @@ def borrow(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Low:
 def give_back(low: Low) -> None:
     """Let others have the memory that :func:`borrow` has lent; that of a graph stays its own."""
     if low.key:
-        _unused[low.key] = low
+        _unused[low.key].append(low)
 
 
-def _make(like: Tensor, dtype: torch.dtype, *widths: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _make(device: torch.device, dtype: torch.dtype, *widths: int) -> tuple[Tensor, tuple[Tensor, ...]]:
     """New memory and its views."""
     places, size = _places(*widths)
-    memory = like.new_empty(size, dtype=dtype)
+    memory = torch.empty(size, dtype=dtype, device=device)
     views = [memory.as_strided(*place) for place in places]
     return memory, (*views, *[view.t() for view in views])
 
@@ -200,11 +213,13 @@ def forward(
     return s, z, *kept
 
 
-@operator(
-    f'block({INPUTS}) -> ({", ".join(["Tensor"] * 9)})',
-    _fake_block,
-    inference=functools.partial(forward, False),
-)
+@operator(f'block_inference({INPUTS}) -> (Tensor, Tensor)', lambda *args: _fake_block(*args)[:2])
+def block_inference_op(*args):
+    """:func:`block_op` where nothing is kept for a backward pass."""
+    return forward(False, *args)
+
+
+@operator(f'block({INPUTS}) -> ({", ".join(["Tensor"] * 9)})', _fake_block, inference=block_inference_op)
 def block_op(*args):
     """A block's s' and its branch, and what the backward pass needs; arguments are validated."""
     return forward(True, *args)
@@ -354,3 +369,4 @@ def like(grad: Tensor, weight: Tensor | None) -> Tensor | None:
 
 
 differentiate('block', _backward, _keep, outputs=2)
+refuse_gradients('block_inference')

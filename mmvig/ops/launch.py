@@ -129,7 +129,8 @@ _nodes: dict[str, type[torch.autograd.Function]] = {}  # of operators, in autogr
 def operator(schema: str, fake: Callable, inference: Callable | None = None) -> Callable:
     """Make a function the PyTorch operator ``mmvig::<schema>``; ``fake`` makes its empty results.
 
-    ``inference`` takes its place where no gradient is asked for.
+    ``inference`` takes its place where no gradient is asked for, and returns the first of its results as a
+    tuple. It is another operator (see :func:`refuse_gradients`), as a compiled graph must have either.
 
     What is returned calls the function itself where nothing watches PyTorch's operators (no compiler,
     tracer, dispatch mode, tensor subclass): the dispatcher took 40 to 120 us a call on an H200's host.
@@ -137,7 +138,7 @@ def operator(schema: str, fake: Callable, inference: Callable | None = None) -> 
 
     def register(function: Callable) -> Callable:
         name = schema.split('(')[0]
-        function, without_gradient = on_device(function), on_device(inference or function)
+        function = on_device(function)
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, function, 'CompositeExplicitAutograd')
         torch.library.register_fake(f'mmvig::{name}', fake, lib=_library)
@@ -146,13 +147,15 @@ def operator(schema: str, fake: Callable, inference: Callable | None = None) -> 
 
         @functools.wraps(function)
         def call(*args):
+            if inference and not torch.is_grad_enabled():
+                return inference(*args)
             if torch.compiler.is_compiling() or is_watched() or not PLAIN.issuperset(map(type, args)):
                 return op(*args)
             if torch.is_grad_enabled():
                 for x in args:
                     if type(x) in PLAIN_TENSORS and x.requires_grad:
                         return _nodes[name].apply(*args)
-            return without_gradient(*args)
+            return (inference or function)(*args)
 
         call.op = op
         return call
@@ -205,15 +208,23 @@ def differentiate(
         result = result if isinstance(result, tuple) else (result,)
         return *result, *[None] * (ctx.arguments - len(result))
 
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            f"{name}'s Triton backend has no second derivative; choose another backend for one"
-        )
-
     torch.library.register_autograd(f'mmvig::{name}', run, setup_context=save, lib=_library)
-    torch.library.register_autograd(f'mmvig::{name}_backward', refuse, lib=_library)
     _nodes[name] = _node(name, run, save, outputs)
-    _nodes[f'{name}_backward'] = _node(f'{name}_backward', refuse, None, None)
+    why = f"{name}'s Triton backend has no second derivative; choose another backend for one"
+    refuse_gradients(f'{name}_backward', why)
+
+
+NO_GRADIENT = 'this was computed, or its graph made, with gradients disabled, and nothing is kept for any'
+
+
+def refuse_gradients(name: str, why: str = NO_GRADIENT) -> None:
+    """Have the backward pass through the operator ``mmvig::<name>`` raise an error that says why."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(why)
+
+    torch.library.register_autograd(f'mmvig::{name}', refuse, lib=_library)
+    _nodes[name] = _node(name, refuse, None, None)
 
 
 def _node(name: str, run: Callable, save: Callable | None, outputs: int | None) -> type:

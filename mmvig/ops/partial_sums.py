@@ -3,7 +3,6 @@
 Importing this module imports Triton.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmvig.ops.lasting import lasting_cache
 from mmvig.ops.launch import Constants, compile_key, launch
 
 ROWS, COLUMNS, SOURCES = 32, 64, 5
@@ -45,17 +45,19 @@ def sum_kernel(p_0, p_1, p_2, p_3, p_4, p_table, p_out, BR: tl.constexpr, BC: tl
     tl.store(p_out + tl.load(p_row + 5) + columns, tl.sum(total, axis=0), mask=inside)
 
 
-@functools.cache  # for good: CUDA graphs read the tables
-def _table(segments: tuple[tuple[int, int, int], ...], device: torch.device) -> tuple[Tensor, int]:
-    """The kernel's table, and how many numbers it makes."""
-    table, target, starts = [], 0, [0] * SOURCES
+@lasting_cache
+def _table(device: torch.device, segments: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """The kernel's table. Computed where it is needed: a capture allows no copy from the host."""
+    parts, target, starts = [], 0, [0] * SOURCES
     for source, rows, width in segments:
-        for column in range(0, width, COLUMNS):
-            start = starts[source] + column
-            table.append((source, start, rows, width, min(COLUMNS, width - column), target + column))
+        column = torch.arange(0, width, COLUMNS, device=device)
+        start, columns = starts[source] + column, (width - column).clamp(max=COLUMNS)
+        of_source, step = torch.full_like(column, source), torch.full_like(column, width)
+        of_rows = torch.full_like(column, rows)
+        parts.append(torch.stack([of_source, start, of_rows, step, columns, target + column], 1))
         starts[source] += rows * width
         target += width
-    return torch.tensor(table, dtype=torch.int64).to(device), target
+    return torch.cat(parts)
 
 
 def sum_partials(sources: Sequence[Tensor], segments: tuple[tuple[int, int, int], ...]) -> Tensor:
@@ -65,8 +67,8 @@ def sum_partials(sources: Sequence[Tensor], segments: tuple[tuple[int, int, int]
         sources: five contiguous tensors in float32.
         segments: (source, rows, columns) of matrices that follow each other in each source.
     """
-    table, size = _table(segments, sources[0].device)
-    out = sources[0].new_empty(size)
+    table = _table(sources[0].device, segments)
+    out = sources[0].new_empty(sum(width for _, _, width in segments))
     arguments = (*sources, table, out)
     launch(sum_kernel, compile_key(*sources), (table.shape[0], 1, 1), arguments, CONSTANTS)
     return out

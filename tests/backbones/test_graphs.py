@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from mmvig.backbones import ViG, ViGH, graphs
 from mmvig.backbones.graphs import CALLS, CALLS_IN_A_ROW, WORTH
@@ -130,6 +131,42 @@ def test_compiles():
     compiled = torch.compile(model, fullgraph=True, backend='eager')
     for a, e in zip(infer(compiled, x), infer(model, x), strict=True):
         torch.testing.assert_close(a, e)
+
+
+def compiled_step(model, x, learn, dtype=torch.bfloat16):
+    """Copies of the maps and, if it learns, of the gradients: the next step overwrites them."""
+    torch.compiler.cudagraph_mark_step_begin()
+    if learn:
+        return [y.clone() for y in train_step(model, x, dtype)] + gradients(model)
+    with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+        return [y.clone() for y in infer(model, x)]
+
+
+@gpu
+@pytest.mark.parametrize('family', ARCHS)
+@pytest.mark.parametrize('mode', ['default', 'reduce-overhead'])
+def test_compiled_steps(family, mode):
+    """The first of each kind runs as it is, the second is recorded, the others are replayed."""
+    model = make(family, 'auto', drop_path_rate=0.0)
+    plain = make(family, 0, drop_path_rate=0.0)
+    del model._compute
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(model, mode=mode, fullgraph=True)
+    for step, learn in enumerate([False] * 4 + [True] * 4 + [False, True] * 2):
+        x = images(step)
+        actual = compiled_step(compiled, x, learn)
+        plain.load_state_dict(model.state_dict())
+        expected, truth = (compiled_step(plain, x, learn, dtype) for dtype in (torch.bfloat16, None))
+        for i, (a, e, t) in enumerate(zip(actual, expected, truth, strict=True)):
+            assert (a is None) == (t is None), (step, i)
+            if a is not None:
+                assert a.dtype == e.dtype and a.shape == e.shape, (step, i)
+                error, plain_error = ((y.float() - t).norm() for y in (a, e))
+                assert error <= 2.5 * max(plain_error, 2**-8 * t.norm()), (step, i, error, plain_error)
+        if learn:
+            change_weights(model)
+    assert not counters['inductor']['cudagraph_skips']
 
 
 def assert_copies_start_without(model, x):

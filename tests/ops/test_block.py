@@ -2,10 +2,12 @@
 
 import gc
 import weakref
+from collections import defaultdict
 from functools import partial
 
 import pytest
 import torch
+from compiled import compile_and_see
 from torch import nn
 
 from mmvig.backbones.block import Block
@@ -111,6 +113,8 @@ def test_is_a_torch_operator(monkeypatch):
     """Without a branch, which test_compiled_is_the_same has."""
     args = arguments(make('ViG-T'), (*make_inputs(branch=False), None), monkeypatch)
     torch.library.opcheck(ops.block_op.op, args)
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+    torch.library.opcheck(ops.block_inference_op.op, args)
 
 
 def test_second_derivative_is_refused():
@@ -142,6 +146,29 @@ def test_compiled_is_the_same():
             torch.testing.assert_close(actual, expected)
 
 
+def test_compiled_inference_keeps_nothing():
+    block, inputs = make(), make_inputs()
+    compiled, seen = compile_and_see(block)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            for actual, expected in zip(compiled(*inputs)[:2], block(*inputs)[:2], strict=True):
+                torch.testing.assert_close(actual, expected)
+    assert set(seen) == {'mmvig.block_inference.default'}
+    seen.clear()
+    for actual, expected in zip(run(compiled, inputs), run(block, inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert seen == ['mmvig.block.default', 'mmvig.block_backward.default']
+
+
+def test_inference_has_no_gradient(monkeypatch):
+    """As where a graph made without gradients is called with them."""
+    inputs = make_inputs(branch=False)
+    args = arguments(make('ViG-T'), (*inputs, None), monkeypatch)
+    s, _ = ops.block_inference_op.op(*args)
+    with pytest.raises(RuntimeError, match='with gradients disabled'):
+        s.sum().backward()
+
+
 def test_same_bits_however_it_runs():
     block, inputs = make(), make_inputs((3, 3, 6))
     results = run(block, inputs)
@@ -164,14 +191,14 @@ def test_weights_changed_behind_autograd_are_seen():
 
 
 def test_blocks_share_the_memory_of_half_weights(monkeypatch):
-    monkeypatch.setattr(ops, '_unused', {})
+    monkeypatch.setattr(ops, '_unused', defaultdict(list))
     block, other, inputs = make(), make('ViG'), make_inputs()
     with torch.inference_mode():
         block(*inputs)
     results = run(block, inputs)
     run(other, inputs)
     assert all(map(torch.equal, results, run(block, inputs)))
-    assert len(ops._unused) == 1
+    assert [len(unused) for unused in ops._unused.values()] == [1]
     mixer, mlp = block.mixer, block.mlp
     layers = mixer.qkv, mixer.mix_gate, mixer.decay_down, mixer.decay_up, mixer.out, mlp.fc1, mlp.fc2
     weights = [layer.weight for layer in layers]
@@ -182,11 +209,12 @@ def test_blocks_share_the_memory_of_half_weights(monkeypatch):
     with torch.no_grad():
         first = ops.borrow(torch.float32, weights)
         ops.give_back(first)
-        monkeypatch.setattr(ops, 'current_stream', lambda device: 1)
-        low = ops.borrow(torch.float32, weights)
-    assert low.views[0].data_ptr() != first.views[0].data_ptr()  # which another stream may still be reading
-    ops.give_back(low)
-    assert list(ops._unused.values()) == [low]
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, 'current_stream', lambda device: -1)
+            low = ops.borrow(torch.float32, weights)  # the first may still be read
+            ops.give_back(low)
+        assert low.memory.data_ptr() != first.memory.data_ptr()
+        assert ops.borrow(torch.float32, weights) is first
     for views in lent:
         torch.testing.assert_close(views[5], block.mlp.fc2.weight)
         torch.testing.assert_close(views[11], block.mlp.fc2.weight.T)
@@ -256,6 +284,27 @@ def test_cuda_graph():
             actual = block(*inputs)[:2]
     graph.replay()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@gpu
+def test_cuda_graph_of_gradients_at_a_new_size():
+    """Constants that no call has made before, and which later ones must not take from the graph."""
+    block, sizes = make(), ((2, 56, 56), (3, 56, 56))
+    run(block, make_inputs(sizes[0]))  # compiles the kernels
+
+    def gradients(inputs):
+        return torch.autograd.grad(
+            [y.sum() for y in block(*inputs)[:2]], [*inputs[:2], *block.parameters()]
+        )
+
+    inputs, graph = make_inputs(sizes[1]), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+        actual = gradients(inputs)
+    expected = gradients(inputs)
+    graph.replay()
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
 
 
 @gpu

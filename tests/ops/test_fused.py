@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from compiled import compile_and_see
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -549,6 +550,26 @@ def test_conv_norm_is_a_torch_operator(images):
     torch.library.opcheck(
         torch.ops.mmvig.conv_norm.default, (*arguments, *options), test_utils=tests, atol=2e-2, rtol=2e-2
     )
+    if not images:
+        torch.library.opcheck(
+            torch.ops.mmvig.conv_norm_inference.default, (*[x.detach() for x in arguments], *options)
+        )
+
+
+def test_compiled_conv_norm_keeps_nothing_in_inference():
+    x, *weights = conv_norm_inputs()
+    arguments = x.permute(0, 2, 3, 1), *[w.requires_grad_() for w in weights]
+
+    def function(*x):
+        with torch.autocast(DEVICE, torch.float16):
+            return conv_norm(*x, stride=2, backend='triton')
+
+    compiled, seen = compile_and_see(function)
+    with torch.no_grad():
+        assert torch.equal(compiled(*arguments), function(*arguments))
+    assert seen == ['mmvig.conv_norm_inference.default']
+    assert torch.equal(compiled(*arguments), function(*arguments))
+    assert seen[1:] == ['mmvig.conv_norm.default']
 
 
 def test_old_versions_of_triton_are_named(monkeypatch):

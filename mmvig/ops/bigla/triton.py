@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from mmvig.ops.bigla import kernels
+from mmvig.ops.lasting import lasting_cache
 from mmvig.ops.launch import (
     INTERPRETED,
     Constants,
@@ -130,14 +131,10 @@ MAX_STATES = 2**24
 # Largest second and third size of a CUDA grid.
 MAX_GRID = 65535
 
-_tables: dict = {}
 
-
+@lasting_cache
 def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
     """Constants of the kernels: tables [5, BT, BT], UP_TO in bf16, and masks of queries [2, BT, BT]."""
-    found = _tables.get((device, block_t))
-    if found:
-        return found
     row = torch.arange(block_t, device=device)[:, None]
     column = row.T
     balanced = (column <= row).float() - 0.5
@@ -146,13 +143,7 @@ def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
     sums = torch.stack([balanced, column <= row, after, before, column >= row]).to(torch.float16)
     up_to = (column <= row).to(torch.float32 if INTERPRETED else torch.bfloat16)
     masks = -torch.stack([column < row, column > row]).to(torch.int16)
-    found = sums, up_to, masks
-    if device.type == 'cuda':
-        if torch.cuda.is_current_stream_capturing():
-            return found  # this memory belongs to the graph
-        torch.cuda.current_stream(device).synchronize()  # other streams will read them
-    _tables[(device, block_t)] = found
-    return found
+    return sums, up_to, masks
 
 
 @functools.lru_cache(maxsize=4096)

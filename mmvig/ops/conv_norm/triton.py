@@ -15,6 +15,7 @@ from mmvig.ops.launch import (
     launch,
     multiprocessors,
     operator,
+    refuse_gradients,
 )
 from mmvig.ops.norm import triton as norm
 from mmvig.ops.norm.triton import activated, affine, normalised
@@ -113,13 +114,19 @@ def _fake(x, conv_weight, conv_bias, weight, bias, eps, stride, low, dtype, act)
 
 
 WEIGHTS = 'Tensor conv_weight, Tensor conv_bias, Tensor weight, Tensor bias'
+INPUTS = f'Tensor x, {WEIGHTS}, float eps, int stride, ScalarType low, ScalarType dtype, str act'
+
+
+@operator(f'conv_norm_inference({INPUTS}) -> Tensor', lambda *args: _fake(*args)[0])
+def conv_norm_inference_op(*args):
+    """:func:`conv_norm_op` where nothing is kept for a backward pass."""
+    return forward(False, *args)[0]
 
 
 @operator(
-    f'conv_norm(Tensor x, {WEIGHTS}, float eps, int stride, ScalarType low, ScalarType dtype, str act)'
-    ' -> (Tensor, Tensor)',
+    f'conv_norm({INPUTS}) -> (Tensor, Tensor)',
     _fake,
-    inference=functools.partial(forward, False),
+    inference=lambda *args: (conv_norm_inference_op(*args),),
 )
 def conv_norm_op(*args):
     """:func:`mmvig.ops.conv_norm.conv_norm` by Triton, and what is kept; arguments are validated."""
@@ -162,3 +169,4 @@ def _backward(dy, x, conv_weight, conv_bias, weight, bias, z, eps, stride, act):
 
 
 differentiate('conv_norm', _backward, _keep, outputs=1)
+refuse_gradients('conv_norm_inference')
