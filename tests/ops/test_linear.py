@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmvig.backbones.layers import ConvNorm
+from mmvig.backbones.layers import ConvNorm, SwiGLU
 from mmvig.ops.linear import MIN_WIDTH, apply_linear, linear
 
 
@@ -49,6 +49,26 @@ def test_modules_with_hooks_are_called(tensors):
         module.register_forward_hook(lambda *_: seen.append('linear'))
         torch.testing.assert_close(apply_linear(module, tensors[0]), expected)
     assert seen == ['linear']
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_swiglu_in_halves(dtype):
+    torch.manual_seed(0)
+    layer, seen = SwiGLU(24, 8, 'auto'), []
+    x = torch.randn(2, 3, 24)
+    for tokens in (x, x[:, ::2], x[:0]):
+        before = tokens.clone()
+        with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+            expected = layer(tokens).detach()
+            with torch.no_grad():
+                assert layer._in_halves(tokens)
+                y = layer(tokens)
+        assert y.dtype == expected.dtype == dtype and torch.equal(tokens, before)
+        torch.testing.assert_close(y, expected)
+    layer.fc1.register_forward_hook(lambda *_: seen.append('fc1'))
+    with torch.no_grad():
+        layer(x)
+    assert seen == ['fc1']
 
 
 @pytest.mark.parametrize('size', [(1, 7, 7), (2, 2, 5), (1, 1, 1)])

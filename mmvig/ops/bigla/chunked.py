@@ -95,45 +95,57 @@ def _mild_forward(
         """[B, N, H, D] -> [B, n, H, C, D] in float32."""
         if pad:
             x = F.pad(x, (0, 0, 0, 0, 0, pad), value=fill)
-        x = x.unflatten(1, (num_chunks, size)).transpose(2, 3)
-        return x.to(torch.float32).contiguous()
+        return x.unflatten(1, (num_chunks, size)).transpose(2, 3).to(torch.float32)
 
+    # Both directions side by side, [B, n, H, C, 2K], as few large operators have the least overhead; sums
+    # of the backward one have the other sign, so that queries take the same factors in both.
     # A logit of +inf is a log decay of 0: padding changes no state.
-    sums = [_log_sigmoid(chunks(g, math.inf)).div_(normalizer).cumsum(-2) for g in (g_fwd, g_bwd)]
-    totals = [c[..., -1, :] for c in sums]
-    if not -min(total.min().item() for total in totals) < MILD_SPAN:
+    key_dim = q.shape[-1]
+    signs, later = _signs(key_dim, q.device), _later(size, q.device)
+    log_decay = F.logsigmoid(torch.cat((chunks(g_fwd, math.inf), chunks(g_bwd, math.inf)), -1))
+    log_decay = log_decay.mul_(signs / normalizer)
+    sums = log_decay.cumsum(-2)
+    halves = sums[..., -1:, :] / 2
+    if not 2 * halves.abs().max().item() < MILD_SPAN:
         return None
-    q_c, k_c, v_c = chunks(q) * (scale / 2), chunks(k), chunks(v)
-    halves = [total[..., None, :] / 2 for total in totals]
-    forward = (sums[0] - halves[0]).exp()
     # Backward, the gate of the token itself does not count: the sums up to the token before it.
-    before = F.pad(sums[1][..., :-1, :], (0, 0, 1, 0))
-    backward = (halves[1] - before).exp()
-    queries = q_c * forward, q_c * backward
-    keys = k_c / forward, k_c / backward
-    pairs = (queries[0] @ keys[0].transpose(-1, -2)).tril_(-1)
-    pairs += (queries[1] @ keys[1].transpose(-1, -2)).triu_(1)
+    sums[..., key_dim:] -= log_decay[..., key_dim:]
+    factors = sums.sub_(halves).exp_().unflatten(-1, (2, key_dim))
+    q_c, k_c, v_c = (x.contiguous() for x in (chunks(q) * (scale / 2), chunks(k), chunks(v)))
+    queries = (q_c[..., None, :] * factors).flatten(-2)
+    keys = (k_c[..., None, :] / factors).flatten(-2)
+    pairs, pairs_back = (
+        queries[..., i : i + key_dim] @ keys[..., i : i + key_dim].transpose(-1, -2) for i in (0, key_dim)
+    )
+    pairs = pairs.lerp_(pairs_back, later)
     # A token's own pair has no decay, so no gate has a gradient from it.
     pairs.diagonal(dim1=-2, dim2=-1).copy_(2 * (q_c * k_c).sum(-1))
     o = pairs @ v_c
-    for i, reverse in enumerate((False, True)):
-        if num_chunks == 1:
-            break  # no state enters it
-        to_end = halves[i].exp().transpose(-1, -2)
-        update = (keys[i].transpose(-1, -2) @ v_c) * to_end
-        o += queries[i] @ (_entry_states(totals[i], update, reverse) * to_end)
+    if num_chunks > 1:
+        halves = -halves.abs().transpose(-1, -2)  # [B, n, H, 2K, 1]
+        to_end = halves.exp()
+        update = (keys.transpose(-1, -2) @ v_c) * to_end
+        totals = 2 * halves.squeeze(-1)
+        states = [
+            _entry_states(totals[..., i : i + key_dim], update[..., i : i + key_dim, :], i > 0)
+            for i in (0, key_dim)
+        ]
+        o += queries @ (torch.cat(states, -2) * to_end)
     return o.transpose(2, 3).flatten(1, 2)[:, :num_tokens]
 
 
-def _log_sigmoid(x: Tensor) -> Tensor:
-    """F.logsigmoid; without gradient faster on a CPU, where its log1p is slow, but NaN below -88."""
-    if torch.is_grad_enabled():
-        return F.logsigmoid(x)
-    # log(u) for u = 1 + e, times what the rounding of u has changed
-    e = (-x).exp_()
-    u = e + 1
-    rounded = u - 1
-    return torch.where(rounded > 0, u.log_().mul_(e).div_(rounded), e).neg_()
+@cache
+def _signs(key_dim: int, device: torch.device) -> Tensor:
+    """1 for the forward direction's channels, -1 for the backward one's."""
+    with torch.inference_mode(False):
+        return torch.tensor([1.0, -1.0], device=device).repeat_interleave(key_dim)
+
+
+@cache
+def _later(size: int, device: torch.device) -> Tensor:
+    """1 where a pair's second token comes after the first, else 0."""
+    with torch.inference_mode(False):
+        return torch.ones(size, size, device=device).triu_(1)
 
 
 def _split(x: Tensor) -> Tensor:
