@@ -169,8 +169,12 @@ def test_strided_views_give_the_same_bits():
 def test_empty_batch():
     assert bigla(*make_inputs(5, batch=1)).shape == (1, 5, 3, 5)
     for backend in ('chunked', 'reference'):
-        out = bigla(*(x[:0] for x in make_inputs(5)), backend=backend)
-        assert out.shape == (0, 5, 3, 5)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            inputs = [x[:0].to(dtype).requires_grad_() for x in make_inputs(5)]
+            out = bigla(*inputs, backend=backend)
+            assert out.shape == (0, 5, 3, 5) and out.dtype == dtype
+            grads = torch.autograd.grad(out, inputs, torch.zeros_like(out))
+            assert [x.shape for x in grads] == [x.shape for x in inputs]
 
 
 def test_directions_are_mirror_images():

@@ -49,7 +49,8 @@ def _forward(
 ) -> Tensor:
     with torch.autocast(v.device.type, enabled=False):
         compute_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-        if compute_dtype == torch.float32 and v.device.type == 'cpu' and not torch.compiler.is_compiling():
+        on_cpu = v.device.type == 'cpu' and v.numel() > 0  # no gates have no largest
+        if compute_dtype == torch.float32 and on_cpu and not torch.compiler.is_compiling():
             for most in MILD_CHUNKS:
                 o = _mild_forward(q, k, v, g_fwd, g_bwd, scale, normalizer, most)
                 if o is not None:
@@ -101,9 +102,9 @@ def _mild_forward(
     # of the backward one have the other sign, so that queries take the same factors in both.
     # A logit of +inf is a log decay of 0: padding changes no state.
     key_dim = q.shape[-1]
-    signs, later = _signs(key_dim, q.device), _later(size, q.device)
     log_decay = F.logsigmoid(torch.cat((chunks(g_fwd, math.inf), chunks(g_bwd, math.inf)), -1))
-    log_decay = log_decay.mul_(signs / normalizer)
+    log_decay[..., :key_dim].div_(normalizer)
+    log_decay[..., key_dim:].div_(-normalizer)
     sums = log_decay.cumsum(-2)
     halves = sums[..., -1:, :] / 2
     if not 2 * halves.abs().max().item() < MILD_SPAN:
@@ -117,7 +118,7 @@ def _mild_forward(
     pairs, pairs_back = (
         queries[..., i : i + key_dim] @ keys[..., i : i + key_dim].transpose(-1, -2) for i in (0, key_dim)
     )
-    pairs = pairs.lerp_(pairs_back, later)
+    pairs = pairs.lerp_(pairs_back, _later(size, pairs.device))
     # A token's own pair has no decay, so no gate has a gradient from it.
     pairs.diagonal(dim1=-2, dim2=-1).copy_(2 * (q_c * k_c).sum(-1))
     o = pairs @ v_c
@@ -132,13 +133,6 @@ def _mild_forward(
         ]
         o += queries @ (torch.cat(states, -2) * to_end)
     return o.transpose(2, 3).flatten(1, 2)[:, :num_tokens]
-
-
-@cache
-def _signs(key_dim: int, device: torch.device) -> Tensor:
-    """1 for the forward direction's channels, -1 for the backward one's."""
-    with torch.inference_mode(False):
-        return torch.tensor([1.0, -1.0], device=device).repeat_interleave(key_dim)
 
 
 @cache
