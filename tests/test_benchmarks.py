@@ -266,6 +266,18 @@ def test_memory_running_out_ends_one_row(module, monkeypatch, tmp_path):
     assert [row['status'] for row in rows] == ['out of memory', 'ok']
 
 
+def test_compiled_modes(module, monkeypatch, tmp_path):
+    backbone, asked = module('backbone'), []
+    monkeypatch.setattr(torch, 'compile', lambda model, mode: asked.append(mode) or model)
+    options = dict(device='cpu', seconds=0.01, peers_from='torchvision', backend='auto', profile=False)
+    args = argparse.Namespace(**options, compile=['reduce-overhead', 'default'], graph=False, eager=False)
+    benchmark = backbone.Benchmark(args, tmp_path / 'it.json')
+    benchmark.run(backbone.choose(['Swin-T'])[0], backbone.Shape(1, 32, 32), 'fp32', ['inference'])
+    assert asked == ['default', 'reduce-overhead']
+    assert [row['mode'] for row in benchmark.rows] == ['default', 'compiled', 'comp+graph']
+    assert all(row['status'] == 'ok' for row in benchmark.rows)
+
+
 @pytest.mark.parametrize(
     ('name', 'options', 'message'),
     [

@@ -152,8 +152,8 @@ class SwiGLU(nn.Module):
     def _in_halves(self, x: Tensor) -> bool:
         """Whether a and b are to be products of their own, in whose memory the rest is computed.
 
-        On 2 cores, 60,800 tokens of 96 channels take 202 instead of 281 ms, 3136 take 6.1 instead of 6.6;
-        wide layers of few tokens would take longer.
+        On 2 cores, 60,800 tokens of 96 channels take 108 instead of 154 ms, 784 of 192 take 2.8 instead of
+        3.0; wide layers, whose products are oneDNN's, would take 3.5 instead of 3.1 (196 of 384).
         """
         return (
             x.device.type == 'cpu'

@@ -49,8 +49,8 @@ def _forward(
 ) -> Tensor:
     with torch.autocast(v.device.type, enabled=False):
         compute_dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-        on_cpu = v.device.type == 'cpu' and v.numel() > 0  # no gates have no largest
-        if compute_dtype == torch.float32 and on_cpu and not torch.compiler.is_compiling():
+        reads_gates = v.device.type == 'cpu' and not torch.compiler.is_compiling() and v.numel() > 0
+        if compute_dtype == torch.float32 and reads_gates:
             for most in MILD_CHUNKS:
                 o = _mild_forward(q, k, v, g_fwd, g_bwd, scale, normalizer, most)
                 if o is not None:
@@ -102,22 +102,22 @@ def _mild_forward(
     # of the backward one have the other sign, so that queries take the same factors in both.
     # A logit of +inf is a log decay of 0: padding changes no state.
     key_dim = q.shape[-1]
+    forward, backward = slice(key_dim), slice(key_dim, None)
     log_decay = F.logsigmoid(torch.cat((chunks(g_fwd, math.inf), chunks(g_bwd, math.inf)), -1))
-    log_decay[..., :key_dim].div_(normalizer)
-    log_decay[..., key_dim:].div_(-normalizer)
+    log_decay[..., forward].div_(normalizer)
+    log_decay[..., backward].div_(-normalizer)
     sums = log_decay.cumsum(-2)
     halves = sums[..., -1:, :] / 2
     if not 2 * halves.abs().max().item() < MILD_SPAN:
         return None
     # Backward, the gate of the token itself does not count: the sums up to the token before it.
-    sums[..., key_dim:] -= log_decay[..., key_dim:]
+    sums[..., backward] -= log_decay[..., backward]
     factors = sums.sub_(halves).exp_().unflatten(-1, (2, key_dim))
     q_c, k_c, v_c = (x.contiguous() for x in (chunks(q) * (scale / 2), chunks(k), chunks(v)))
     queries = (q_c[..., None, :] * factors).flatten(-2)
     keys = (k_c[..., None, :] / factors).flatten(-2)
-    pairs, pairs_back = (
-        queries[..., i : i + key_dim] @ keys[..., i : i + key_dim].transpose(-1, -2) for i in (0, key_dim)
-    )
+    pairs = queries[..., forward] @ keys[..., forward].transpose(-1, -2)
+    pairs_back = queries[..., backward] @ keys[..., backward].transpose(-1, -2)
     pairs = pairs.lerp_(pairs_back, _later(size, pairs.device))
     # A token's own pair has no decay, so no gate has a gradient from it.
     pairs.diagonal(dim1=-2, dim2=-1).copy_(2 * (q_c * k_c).sum(-1))
@@ -128,8 +128,8 @@ def _mild_forward(
         update = (keys.transpose(-1, -2) @ v_c) * to_end
         totals = 2 * halves.squeeze(-1)
         states = [
-            _entry_states(totals[..., i : i + key_dim], update[..., i : i + key_dim, :], i > 0)
-            for i in (0, key_dim)
+            _entry_states(totals[..., forward], update[..., forward, :], reverse=False),
+            _entry_states(totals[..., backward], update[..., backward, :], reverse=True),
         ]
         o += queries @ (torch.cat(states, -2) * to_end)
     return o.transpose(2, 3).flatten(1, 2)[:, :num_tokens]
@@ -137,7 +137,7 @@ def _mild_forward(
 
 @cache
 def _later(size: int, device: torch.device) -> Tensor:
-    """1 where a pair's second token comes after the first, else 0."""
+    """1 where a pair's second token comes after the first, else 0: the smallest of _make_masks()'s."""
     with torch.inference_mode(False):
         return torch.ones(size, size, device=device).triu_(1)
 
