@@ -87,6 +87,12 @@ class ConvNorm(nn.Module):
         fused = plain and use_triton('mmvig.ops.norm', self.backend, x)
         if fused and takes(x, conv.weight):
             return conv_norm(x, conv.weight, conv.bias, *weights, stride=conv.stride[0], **options)
+        if fused and torch.compiler.is_compiling():
+            from mmvig.ops.conv import conv_op
+
+            low = autocast_dtype(x)
+            x = conv_op(x.to(low), conv.weight.to(low), conv.stride[0])
+            return norm(x, *weights, shift=conv.bias, **options)
         if plain and _few_patches(conv, x):
             return norm(_conv_by_product(conv, x), *weights, **options)
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmvig.backbones import ViG, ViGH
-from mmvig.backbones.layers import use_any_device
+from mmvig.backbones.layers import ConvNorm, use_any_device
 from mmvig.ops import choice
 from mmvig.ops.conv_norm import conv_norm
 from mmvig.ops.dwconv import dwconv3x3
@@ -570,6 +570,33 @@ def test_compiled_conv_norm_keeps_nothing_in_inference():
     assert seen == ['mmvig.conv_norm_inference.default']
     assert torch.equal(compiled(*arguments), function(*arguments))
     assert seen[1:] == ['mmvig.conv_norm.default']
+
+
+def test_conv_is_a_torch_operator():
+    from mmvig.ops.conv import conv_op
+
+    x = torch.randn(2, 5, 6, 8, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    weight = torch.randn(12, 8, 3, 3, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    y = conv_op(x, weight, 2)
+    expected = torch.nn.functional.conv2d(x.permute(0, 3, 1, 2), weight, None, 2, 1).permute(0, 2, 3, 1)
+    assert y.is_contiguous() and torch.equal(y, expected)
+    dy = torch.randn_like(y)
+    grads = [torch.autograd.grad(z, (x, weight), dy) for z in (y, expected)]
+    torch.testing.assert_close(*grads)
+    torch.library.opcheck(conv_op.op, (x, weight, 2))
+
+
+def test_compiled_layers_hide_their_convolutions():
+    """From Inductor, which would have channels last where they are already."""
+    torch.manual_seed(0)
+    layer = ConvNorm(8, 16, 'triton').to(DEVICE)
+    x = torch.randn(2, 6, 6, 8, device=DEVICE, requires_grad=True)
+    compiled, seen = compile_and_see(layer)
+    inputs = x, *layer.parameters()
+    results = [torch.autograd.grad(f(x).square().sum(), inputs) for f in (compiled, layer)]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
+    operators = [name.split('.')[1] for name in seen]
+    assert operators == ['conv', 'norm', 'norm_backward', 'conv_backward']
 
 
 def test_old_versions_of_triton_are_named(monkeypatch):

@@ -15,6 +15,8 @@ import os
 import triton
 import triton.language as tl
 
+from mmvig.ops.arithmetic import sigmoid
+
 INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 LOG2E = tl.constexpr(1.4426950408889634)
 # Largest sum of |log2 decay| over a chunk for the factored form: its factors stay within 2^(+-SPAN / 2), so
@@ -126,11 +128,10 @@ def cut(x, MODE: tl.constexpr):
 @triton.jit
 def split(x, MODE: tl.constexpr):
     """Return float32 x as two terms of twice as many digits as a product in MODE reads of one."""
+    high = cut(x, MODE)
     if MODE == 'bf16' and not INTERPRETED:
-        high = x.to(tl.bfloat16)
-        return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+        return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
     else:
-        high = cut(x, MODE)
         return high, x - high
 
 
@@ -152,6 +153,7 @@ def product(a, b, acc, MODE: tl.constexpr):
 def masked(x, mask, MODE: tl.constexpr):
     """Keep x where mask (int16) is -1, and 0 where it is 0."""
     if MODE == 'bf16' and not INTERPRETED:  # two elements an instruction
+        x = x.to(tl.bfloat16)
         return tl.inline_asm_elementwise('and.b32 $0, $1, $2;', '=r,r,r', [x, mask], tl.bfloat16, True, 2)
     else:
         return tl.where(mask != 0, x, 0.0)
@@ -199,8 +201,8 @@ def running_sum(table, x, MODE: tl.constexpr):
     if MODE == 'tf32x3' or INTERPRETED:
         return tl.dot(table.to(tl.float32), x, input_precision='tf32x3')
     else:  # 16 digits of each, at any size
-        high = x.to(tl.bfloat16)
-        return tl.dot(table, (x - high.to(tl.float32)).to(tl.bfloat16), tl.dot(table, high))
+        high, low = split(x, 'bf16')
+        return tl.dot(table, low, tl.dot(table, high))
 
 
 @triton.jit
@@ -627,12 +629,10 @@ def pairs(x, y, MODE: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def directions(af, ab, BT: tl.constexpr, SWAP: tl.constexpr):
-    """Forward pairs (t > s) of af, backward pairs of ab, both on the diagonal; [t, s], SWAP: [s, t]."""
+def directions(af, ab, BT: tl.constexpr):
+    """Forward pairs (t > s) of af, backward pairs of ab, both on the diagonal; [t, s]."""
     o = tl.arange(0, BT)
     t, s = o[:, None], o[None, :]
-    if SWAP:
-        t, s = s, t
     return tl.where(t >= s, af, ab) + tl.where(t == s, ab, 0.0)
 
 
@@ -702,10 +702,11 @@ def chunk_pairs(
     x, y, lf, lb, table, BT: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, SWAP: tl.constexpr,
     STRONG: tl.constexpr,
 ):  # fmt: skip
-    """Products of queries x with decayed keys y (SWAP: keys x with queries) of both directions, [x, y].
+    """All products of queries x with decayed keys y (SWAP: keys x with queries), [x, y], of each direction.
 
-    And x, decayed to where either direction's state enters (STRONG) or to the chunk's middle, and the log2
-    decays [BT, BK] from there, which the latter are made of.
+    STRONG: only the pairs of both directions, twice. And x, decayed to where either direction's state
+    enters (STRONG) or to the chunk's middle, and the log2 decays [BT, BK] from there, which the latter are
+    made of.
     """
     SHUFFLE: tl.constexpr = PAIR_MODE == 'tf32' and not STRONG
     SPLIT: tl.constexpr = MODE == 'tf32'  # float16 has as many digits as tf32
@@ -714,7 +715,8 @@ def chunk_pairs(
         x = tf32_ready(x, PAIR_MODE)
     if STRONG:
         uf, ub = lf, lb  # not used
-        a = pairs_by_levels(x, y, lf, lb, BT, PAIR_MODE, SPLIT, SWAP)
+        af = pairs_by_levels(x, y, lf, lb, BT, PAIR_MODE, SPLIT, SWAP)
+        ab = af
         in_f, out_f = decay_to_ends(lf, BT, False)
         in_b, out_b = decay_to_ends(lb, BT, True)
         if SWAP:
@@ -732,10 +734,11 @@ def chunk_pairs(
             xb, yb = x * tl.exp2(ub), y * exp2_minus(ub)
         if SHUFFLE:
             xf, yf, xb, yb = shuffled(xf), shuffled(yf), shuffled(xb), shuffled(yb)
-        a = directions(pairs(xf, yf, PAIR_MODE, SPLIT), pairs(xb, yb, PAIR_MODE, SPLIT), BT, SWAP)
+        af = pairs(xf, yf, PAIR_MODE, SPLIT)
+        ab = pairs(xb, yb, PAIR_MODE, SPLIT)
     if SPLIT:
         xf, xb = tf32_ready(xf, PAIR_MODE), tf32_ready(xb, PAIR_MODE)
-    return tf32_ready(a, MODE), xf, xb, uf, ub
+    return af, ab, xf, xb, uf, ub
 
 
 @triton.jit(do_not_specialize=INTS)
@@ -793,14 +796,16 @@ def output_kernel(
             q = load_tile(q_at, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
             k = load_tile(k_at, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
             v = load_tile(v_at, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
-            a, qf, qb, uf, ub = chunk_pairs(
+            a, ab, qf, qb, uf, ub = chunk_pairs(
                 q * scale, k, lf * inv, lb * inv, table, BT, MODE, PAIR_MODE, False, STRONG
             )
+            if not STRONG:
+                a = directions(a, ab, BT)
             if ALONE and not STRONG:  # noqa: SIM102  the first is known when this is compiled
                 if i_v == 0:
                     store_sum(p_sum, 2 * uf, i, BT - 1, K, BT, BK)
                     store_sum(p_sum, 2 * ub, n_sums + i, 0, K, BT, BK)
-            o = product(a, v, tl.zeros((BT, BV), tl.float32), MODE)
+            o = product(tf32_ready(a, MODE), v, tl.zeros((BT, BV), tl.float32), MODE)
             if not ALONE:
                 if NC > 1:
                     fwd, bwd = states_at(
@@ -818,20 +823,21 @@ def output_kernel(
 
 @triton.jit
 def direction_gradients(
-    q, k, dq, dk, da, da_low, da_t, p_v, p_o, p_g, p_dg, p_state, p_sum, table, up_to, p_mask, i_c, i_chunk,
-    i_ask, there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
+    q, k, u, dq, dk, da, da_low, da_t, da_t_low, p_v, p_o, p_g, p_dg, p_state, p_sum, p_mask, table, up_to,
+    mask_q, mask_k, i_c, i_chunk, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, MODE: tl.constexpr, BACKWARD: tl.constexpr, STRONG: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Add one direction's part to dq and dk [BT, BK], and write its gate's gradient.
 
-    da[t, s] = do_t . v_s, in two terms, da and da_low; STRONG: in one, and da_t is its transpose. A pair
-    (t, s) adds p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two: summed up
-    as running sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from
-    outside it. Each p enters twice, from the same rounded factors, so that what must cancel does.
+    da[t, s] = do_t . v_s, in two terms, da and da_low, and its transpose; STRONG: in one. u: the log2
+    decays [BT, BK], STRONG: of each token, else from the chunk's middle. mask_q, mask_k: which pairs of each
+    query, of each key. AGAIN: u and the masks are made anew. A pair (t, s) adds
+    p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two: summed up as running
+    sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from outside it.
+    Each p enters twice, from the same rounded factors, so that what must cancel does.
     """
-    log_sigmoid, g = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
-    ld = log_sigmoid * inv
     xq = tl.zeros((BT, BK), tl.float32)
     xk = tl.zeros((BT, BK), tl.float32)
     across = tl.zeros((BK,), tl.float32)
@@ -843,10 +849,9 @@ def direction_gradients(
         across += tl.sum(ask * key, 1)
         xq = product(do, tl.trans(tf32_ready(ask, MODE)), xq, MODE)
         xk = product(v, tl.trans(tf32_ready(key, MODE)), xk, MODE)
-
     if STRONG:
-        across *= tl.exp2(tl.sum(ld, 0))
-        to_q, to_k = decay_to_ends(ld, BT, BACKWARD)
+        across *= tl.exp2(tl.sum(u, 0))
+        to_q, to_k = decay_to_ends(u, BT, BACKWARD)
         kx = k * to_k * xk
         p = q * to_q * xq - kx
         dq += to_q * xq
@@ -854,7 +859,7 @@ def direction_gradients(
         zero = tl.zeros((BT, BK), tl.float32)
         z = 1
         while z < BT:
-            first, same, e = level_decays(z, ld, BT, BACKWARD)
+            first, same, e = level_decays(z, u, BT, BACKWARD)
             q_z = rounded(tl.where(first, q * e, 0.0), MODE)
             k_z = rounded(tl.where(first, 0.0, k * e), MODE)
             dq_z = tl.where(first, product(tl.where(same, da, 0.0), k_z, zero, MODE), 0.0)
@@ -864,7 +869,11 @@ def direction_gradients(
             p += q_z * dq_z - k_z * dk_z
             z *= 2
     else:
-        u = tile_sum(tl.trans(table) if BACKWARD else table, ld, MODE)
+        if AGAIN:
+            ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
+            u = tile_sum(tl.trans(table) if BACKWARD else table, ld * inv, MODE)
+            mask_q = load_table(p_mask, BACKWARD, BT)
+            mask_k = load_table(p_mask, not BACKWARD, BT)
         eq = tl.exp2(u)
         ek = exp2_minus(u)
         q_u = cut(q * eq, MODE)
@@ -874,19 +883,20 @@ def direction_gradients(
         xq *= half[None, :]
         xk *= half[None, :]
         kx = k_u * xk
-        mask = load_table(p_mask, BACKWARD, BT)
-        da = masked(da, mask, MODE)
-        da_low = masked(da_low, mask, MODE)
-        dq_u = product(da, k_u, product(da_low, k_u, xq, MODE), MODE)
-        dk_u = product(tl.trans(da), q_u, product(tl.trans(da_low), q_u, xk, MODE), MODE)
+        dq_u = product(masked(da_low, mask_q, MODE), k_u, xq, MODE)
+        dq_u = product(masked(da, mask_q, MODE), k_u, dq_u, MODE)
+        dk_u = product(masked(da_t_low, mask_k, MODE), q_u, xk, MODE)
+        dk_u = product(masked(da_t, mask_k, MODE), q_u, dk_u, MODE)
         p = q_u * dq_u - k_u * dk_u
         dq += eq * dq_u
         dk += ek * dk_u
 
     across += tl.sum(kx, 0)
     c = running_sum(up_to if BACKWARD else tl.trans(up_to), p, MODE)
-    # From log decays to logits: d log sigmoid(g) = sigmoid(-g) = sigmoid(g) e^-g.
-    dg = (across[None, :] + c) * (tl.exp2(log_sigmoid - g) * inv)
+    # From log decays to logits: d log sigmoid(g) = sigmoid(-g).
+    g = load_tile(p_g, i_c, 0, N, s_gn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+    # No gate has a part in a token's own pair, of which the sum leaves rounding.
+    dg = (across[None, :] + c) * (sigmoid(-g) * tl.where(N > 1, inv, 0.0))
     store_tile(p_dg, dg, i_c, 0, N, s_dgn, K, BT, BK, UNIT)
     return dq, dk
 
@@ -918,6 +928,9 @@ def gradient_kernel(
     n_chunks = tl.cdiv(N, BT)
     table = load_table(p_table, BALANCED, BT)
     up_to = load_table(p_up_to, 0, BT)
+    past = load_table(p_mask, 0, BT)
+    future = load_table(p_mask, 1, BT)
+    AGAIN: tl.constexpr = BK > 16 and not STRONG  # registers are short: what can be made again is not kept
     first, end = chunks_of_program(p_sum, n_chunks, n_states, H, CH, 1, K, BK, STRONG, EXACT, GROUP)
     for j in range(0, end - first):
         i = first + j
@@ -939,50 +952,66 @@ def gradient_kernel(
 
             lf, _ = load_gates(f_at, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
             lb, _ = load_gates(b_at, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
-            a, kf, kb, _, _ = chunk_pairs(
-                k, q, lf * inv, lb * inv, table, BT, MODE, PAIR_MODE, True, STRONG
-            )
+            lf *= inv
+            lb *= inv
+            af, ab, kf, kb, uf, ub = chunk_pairs(k, q, lf, lb, table, BT, MODE, PAIR_MODE, True, STRONG)
+            af = tf32_ready(af, MODE)
+            if AGAIN:
+                past = load_table(p_mask, 0, BT)
+                future = load_table(p_mask, 1, BT)
+            if not STRONG:
+                af = masked(af, future, MODE)
+                ab = masked(tf32_ready(ab, MODE), past, MODE)
             da = tl.zeros((BT, BT), tl.float32)
             da_t = tl.zeros((BT, BT), tl.float32)
             for i_v in range((V + BV - 1) // BV):
                 v = load_tile(v_at, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
                 do = load_tile(o_at, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
                 da = product(do, tl.trans(v), da, MODE)
-                if STRONG:
+                if not AGAIN:
                     da_t = product(v, tl.trans(do), da_t, MODE)
                 fwd = load_state(p_state, n_states * 2 + i + 1, right, i_v, K, V, BK, BV, SHUFFLE)
                 bwd = load_state(p_state, n_states * 3 + i - 1, left, i_v, K, V, BK, BV, SHUFFLE)
                 if not STRONG:
                     fwd *= load_half_decay(p_sum, i, K, BK, SHUFFLE)[:, None]
                     bwd *= load_half_decay(p_sum, n_states + i, K, BK, SHUFFLE)[:, None]
-                dv = product(a, do, tl.zeros((BT, BV), tl.float32), MODE)
+                dv = product(af, do, tl.zeros((BT, BV), tl.float32), MODE)
+                if not STRONG:
+                    dv = product(ab, do, dv, MODE)
                 dv = product(kf, tf32_ready(fwd, PAIR_MODE), dv, PAIR_MODE)
                 dv = product(kb, tf32_ready(bwd, PAIR_MODE), dv, PAIR_MODE)
                 dv_at = at(p_dv, i_b, i_h, s_dvb, s_dvh, UNIT)
                 store_tile(dv_at, dv, i_c, i_v, N, s_dvn, V, BT, BV, UNIT)
 
-            # A token's own pair counts in both directions, and no gate has a part in it.
-            o = tl.arange(0, BT)
-            twice = 2 * tl.sum(tl.where(o[:, None] == o[None, :], da, 0.0), 1)[:, None]
-            dq = twice * k
-            dk = twice * q
             if STRONG:
+                # A token's own pair counts in both directions, and no gate has a part in it.
+                o = tl.arange(0, BT)
+                twice = 2 * tl.sum(tl.where(o[:, None] == o[None, :], da, 0.0), 1)[:, None]
+                dq = twice * k
+                dk = twice * q
                 da, da_low = tf32_ready(da, MODE), da  # the last is not used
-                da_t = tf32_ready(da_t, MODE)
+                da_t, da_t_low = tf32_ready(da_t, MODE), da_t
             else:
+                dq = tl.zeros((BT, BK), tl.float32)
+                dk = tl.zeros((BT, BK), tl.float32)
                 da, da_low = split(da, MODE)
+                if AGAIN:
+                    da_t, da_t_low = tl.trans(da), tl.trans(da_low)
+                else:
+                    da_t, da_t_low = split(da_t, MODE)
                 q = nudged(q, MODE)
                 k = nudged(k, MODE)
             dq, dk = direction_gradients(
-                q, k, dq, dk, da, da_low, da_t, v_at, o_at, f_at, at(p_df, i_b, i_h, s_dfb, s_dfh, UNIT),
-                p_state, p_sum, table, up_to, p_mask, i_c, i, i - 1, left, n_states * 2 + i + 1, right, N,
-                s_vn, s_on, s_fn, s_dfn, inv, K, V, BT, BK, BV, UNIT, MODE, False, STRONG,
+                q, k, uf, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, f_at,
+                at(p_df, i_b, i_h, s_dfb, s_dfh, UNIT), p_state, p_sum, p_mask, table, up_to, past, future,
+                i_c, i, i - 1, left, n_states * 2 + i + 1, right, N, s_vn, s_on, s_fn, s_dfn, inv, K, V, BT,
+                BK, BV, UNIT, MODE, False, STRONG, AGAIN,
             )  # fmt: skip
             dq, dk = direction_gradients(
-                q, k, dq, dk, da, da_low, da_t, v_at, o_at, b_at, at(p_db, i_b, i_h, s_dbb, s_dbh, UNIT),
-                p_state, p_sum, table, up_to, p_mask, i_c, n_states + i, n_states + i + 1, right,
-                n_states * 3 + i - 1, left, N, s_vn, s_on, s_bn, s_dbn, inv, K, V, BT, BK, BV, UNIT, MODE,
-                True, STRONG,
+                q, k, ub, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, b_at,
+                at(p_db, i_b, i_h, s_dbb, s_dbh, UNIT), p_state, p_sum, p_mask, table, up_to, future, past,
+                i_c, n_states + i, n_states + i + 1, right, n_states * 3 + i - 1, left, N, s_vn, s_on, s_bn,
+                s_dbn, inv, K, V, BT, BK, BV, UNIT, MODE, True, STRONG, AGAIN,
             )  # fmt: skip
             dq_at = at(p_dq, i_b, i_h, s_dqb, s_dqh, UNIT)
             dk_at = at(p_dk, i_b, i_h, s_dkb, s_dkh, UNIT)

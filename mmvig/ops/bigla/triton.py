@@ -71,7 +71,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
             'back_walk': (2, 2),
             'short_back_walk': (2, 2),
             'output': (4, 3) if mode == 'bf16' else (4, 2),
-            'gradient': (2, 1),
+            'gradient': (2, 2) if mode == 'bf16' else (2, 1),
         }
     else:
         names = 'states', 'back_states', 'walk', 'back_walk', 'short_back_walk', 'output', 'gradient'
@@ -82,7 +82,8 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     }
     both = {
         'output': {**blocks, 'PAIR_MODE': pair_mode, **warps['output']},
-        'gradient': {**back, 'PAIR_MODE': pair_mode, **warps['gradient']},
+        # 32 values at once, as K = 32 is short of registers.
+        'gradient': {**back, 'BV': min(block_v, 32), 'PAIR_MODE': pair_mode, **warps['gradient']},
     }
     # No stages of loads, as this form hardly waits for any. K = 32: two warps, since with four Triton 3.6
     # makes kernels that read wrong addresses on Hopper.
@@ -111,8 +112,7 @@ def constants_of(key_dim: int, value_dim: int, dtype: torch.dtype, name: str, **
 # Segments and numbers of each that a program of the scan takes at once, by how many segments there are at
 # most: few sequences are long.
 SCANS = {
-    64: {'BW': 2, 'BR': 8, 'WIDTH': 1, 'AHEAD': 1, 'num_warps': 1, 'num_stages': 1},
-    128: {'BW': 2, 'BR': 8, 'WIDTH': 128, 'AHEAD': 3, 'num_warps': 1, 'num_stages': 1},
+    128: {'BW': 2, 'BR': 16, 'WIDTH': 64, 'AHEAD': 1, 'num_warps': 1, 'num_stages': 1},
     float('inf'): {'BW': 8, 'BR': 16, 'WIDTH': 1, 'AHEAD': 1, 'num_warps': 4, 'num_stages': 1},
 }
 if INTERPRETED:
@@ -142,7 +142,7 @@ def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
     before = (column < row) | (row == 0)
     sums = torch.stack([balanced, column <= row, after, before, column >= row]).to(torch.float16)
     up_to = (column <= row).to(torch.float32 if INTERPRETED else torch.bfloat16)
-    masks = -torch.stack([column < row, column > row]).to(torch.int16)
+    masks = -torch.stack([column <= row, column >= row]).to(torch.int16)
     return sums, up_to, masks
 
 

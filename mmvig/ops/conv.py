@@ -1,0 +1,37 @@
+"""A strided convolution of ``[B, H, W, C]`` for compiled graphs, in which it is one operator.
+
+Of a convolution that it knows, Inductor has all tensors of four dimensions before and after it channels
+last, and takes [B, H, W, C] for [B, C, H, W]: copies made a compiled training step of ViG-H-T 10 % slower.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from mmvig.ops.launch import differentiate, operator
+
+
+def _fake(x, weight, stride):
+    height, width = ((n + 2 - k) // stride + 1 for n, k in zip(x.shape[1:3], weight.shape[2:], strict=True))
+    return x.new_empty(x.shape[0], height, width, weight.shape[0])
+
+
+@operator('conv(Tensor x, Tensor weight, int stride) -> Tensor', _fake)
+def conv_op(x, weight, stride):
+    """Convolution of x ``[B, H, W, C_in]`` with a weight ``[C, C_in, k, k]`` of its dtype; padding is 1."""
+    return F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, 1).permute(0, 2, 3, 1).contiguous()
+
+
+@operator(
+    'conv_backward(Tensor dy, Tensor x, Tensor weight, int stride) -> (Tensor, Tensor)',
+    lambda dy, x, weight, stride: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+)
+def conv_backward_op(dy, x, weight, stride):
+    """Gradients of :func:`conv_op`."""
+    dx, d_weight, _ = torch.ops.aten.convolution_backward(
+        dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [1, 1], [1, 1], False,
+        [0, 0], 1, [True, True, False],
+    )  # fmt: skip
+    return dx.permute(0, 2, 3, 1).contiguous(), d_weight.contiguous()
+
+
+differentiate('conv', conv_backward_op)
