@@ -290,18 +290,18 @@ def test_cuda_graph():
 def test_cuda_graph_of_gradients_at_a_new_size():
     """Constants that no call has made before, and which later ones must not take from the graph."""
     block, sizes = make(), ((2, 56, 56), (3, 56, 56))
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # the captured one: autograd's nodes of weights keep theirs
-        run(block, make_inputs(sizes[0]))  # compiles the kernels
+    run(block, make_inputs(sizes[0]))  # compiles the kernels
 
     def gradients(inputs):
         return torch.autograd.grad(
             [y.sum() for y in block(*inputs)[:2]], [*inputs[:2], *block.parameters()]
         )
 
-    inputs, graph = make_inputs(sizes[1]), torch.cuda.CUDAGraph()
+    # Leaves, so that none of autograd's nodes is of the default stream.
+    inputs = [x.detach().requires_grad_(x.requires_grad) for x in make_inputs(sizes[1])]
+    graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
+    with torch.cuda.graph(graph, capture_error_mode='thread_local'):
         actual = gradients(inputs)
     expected = gradients(inputs)
     graph.replay()

@@ -230,27 +230,38 @@ def gradient_kernel(
     p_dk += (i_b * s_dkb + i_h * s_dkh) * UNIT
     p_dg += (i_b * s_dgb + i_h * s_dgh) * UNIT
     p_sum += i_bh * n_chunks * K
-    o = tl.arange(0, BT)
+    AGAIN: tl.constexpr = BK > 16  # registers are short: what can be made again is not kept
+    table = load_table(p_table, BALANCED, BT)
+    up_to = load_table(p_up_to, 0, BT)
+    past = load_table(p_mask, 0, BT)
+    future = load_table(p_mask, 1, BT)
+    nothing = tl.zeros((BT, BK), tl.float32)
     first = tl.program_id(0) * CH
     for i_c in range(first, tl.minimum(first + CH, n_chunks)):
-        table = load_table(p_table, BALANCED, BT)
-        up_to = load_table(p_up_to, 0, BT)
+        ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
+        u = tile_sum(table, ld * inv, MODE)
         da = tl.zeros((BT, BT), tl.float32)
+        da_t = tl.zeros((BT, BT), tl.float32)
         for i_v in range((V + BV - 1) // BV):
             v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
             do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
             da = product(do, tl.trans(v), da, MODE)
-        # No gate has a part in a token's own pair.
-        own = tl.sum(tl.where(o[:, None] == o[None, :], da, 0.0), 1)[:, None]
+            if not AGAIN:
+                da_t = product(v, tl.trans(do), da_t, MODE)
         da, da_low = split(da, MODE)
+        if AGAIN:
+            da_t, da_t_low = tl.trans(da), tl.trans(da_low)
+        else:
+            da_t, da_t_low = split(da_t, MODE)
         q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
         k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
         q *= scale
         i_state = i_bh * n_chunks + i_c
         dq, dk = direction_gradients(
-            nudged(q, MODE), nudged(k, MODE), own * k, own * q, da, da_low, da, p_v, p_o, p_g, p_dg,
-            p_state, p_sum, table, up_to, p_mask, i_c, i_c, i_state - 1, i_c > 0, n_states + i_state + 1,
-            i_c < n_chunks - 1, N, s_vn, s_on, s_gn, s_dgn, inv, K, V, BT, BK, BV, UNIT, MODE, False, False,
+            nudged(q, MODE), nudged(k, MODE), u, nothing, nothing, da, da_low, da_t, da_t_low, p_v, p_o,
+            p_g, p_dg, p_state, p_sum, p_mask, table, up_to, past, future, i_c, i_c, i_state - 1, i_c > 0,
+            n_states + i_state + 1, i_c < n_chunks - 1, N, s_vn, s_on, s_gn, s_dgn, inv, K, V, BT, BK, BV,
+            UNIT, MODE, False, False, AGAIN,
         )  # fmt: skip
         store_tile(p_dq, dq * scale, i_c, 0, N, s_dqn, K, BT, BK, UNIT)
         store_tile(p_dk, dk, i_c, 0, N, s_dkn, K, BT, BK, UNIT)

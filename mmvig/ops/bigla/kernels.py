@@ -832,7 +832,7 @@ def direction_gradients(
     """Add one direction's part to dq and dk [BT, BK], and write its gate's gradient.
 
     da[t, s] = do_t . v_s, in two terms, da and da_low, and its transpose; STRONG: in one. u: the log2
-    decays [BT, BK], STRONG: of each token, else from the chunk's middle. mask_q, mask_k: which pairs of each
+    decays [BT, BK], STRONG: of each token, else from the chunk's middle. mask_q, mask_k: the pairs of each
     query, of each key. AGAIN: u and the masks are made anew. A pair (t, s) adds
     p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two: summed up as running
     sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from outside it.
