@@ -84,6 +84,14 @@ def test_lengths_around_a_chunk(num_tokens):
     assert_accurate(make_inputs(num_tokens, heads=1 if num_tokens > 16 else 3))
 
 
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_gates_of_a_single_token_have_no_gradient(dtype):
+    inputs = [x.requires_grad_() for x in make_inputs(1, batch=8, heads=3, dtype=dtype)]
+    o = bigla(*inputs, backend='triton')
+    grads = torch.autograd.grad(o, inputs, torch.randn_like(o))
+    assert all(x.any() for x in grads[:3]) and not any(x.any() for x in grads[3:])
+
+
 @pytest.mark.parametrize('key, value', [(8, 24), (24, 16), (32, 64)])
 def test_widths(key, value):
     assert_accurate(make_inputs(20, key, value))
