@@ -87,7 +87,7 @@ class ConvNorm(nn.Module):
         fused = plain and use_triton('mmvig.ops.norm', self.backend, x)
         if fused and takes(x, conv.weight):
             return conv_norm(x, conv.weight, conv.bias, *weights, stride=conv.stride[0], **options)
-        if fused and torch.compiler.is_compiling():
+        if fused and torch.compiler.is_compiling():  # Inductor must not know it, see there
             from mmvig.ops.conv import conv_op
 
             low = autocast_dtype(x)

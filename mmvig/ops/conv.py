@@ -1,7 +1,8 @@
 """A strided convolution of ``[B, H, W, C]`` for compiled graphs, in which it is one operator.
 
 Of a convolution that it knows, Inductor has all tensors of four dimensions before and after it channels
-last, and takes [B, H, W, C] for [B, C, H, W]: copies made a compiled training step of ViG-H-T 10 % slower.
+last, and takes [B, H, W, C] for [B, C, H, W]: copies were a tenth of a compiled training step's kernel time
+(four blocks, 224 x 224, batch 128, on an H200).
 """
 
 import torch

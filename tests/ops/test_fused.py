@@ -592,9 +592,9 @@ def test_compiled_layers_hide_their_convolutions():
     layer = ConvNorm(8, 16, 'triton').to(DEVICE)
     x = torch.randn(2, 6, 6, 8, device=DEVICE, requires_grad=True)
     compiled, seen = compile_and_see(layer)
-    inputs = x, *layer.parameters()
-    results = [torch.autograd.grad(f(x).square().sum(), inputs) for f in (compiled, layer)]
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
+    inputs, dy = (x, *layer.parameters()), torch.randn(2, 3, 3, 16, device=DEVICE)
+    results = [torch.autograd.grad(f(x), inputs, dy) for f in (compiled, layer)]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-2 if ON_GPU else 1e-5)  # TF32 there
     operators = [name.split('.')[1] for name in seen]
     assert operators == ['conv', 'norm', 'norm_backward', 'conv_backward']
 

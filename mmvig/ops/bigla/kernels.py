@@ -530,13 +530,12 @@ def join_before(decay_a, state_a, part_a, before_a, decay_b, state_b, part_b, be
 def scan_kernel(
     p_state, p_sum, NS, n_states, n_chunks,
     K: tl.constexpr, V: tl.constexpr, NC: tl.constexpr, BW: tl.constexpr, BR: tl.constexpr,
-    ROWS: tl.constexpr, BV: tl.constexpr, AHEAD: tl.constexpr,
+    ROWS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Turn what each segment adds to a state into the state that leaves it, in place; ROWS rows a program.
 
     States 0 and 3 run from the first segment to the last, 1 and 2 the other way; 0 and 2 with the forward
-    decay. BW runs of BR segments at once: a run is summed in one thread's registers. The loads of the next
-    AHEAD - 1 such blocks are under way meanwhile.
+    decay. BW runs of BR segments at once: a run is summed in one thread's registers.
     """
     i_bh = tl.program_id(0).to(tl.int64)
     i_k = tl.program_id(1) * ROWS
@@ -552,7 +551,7 @@ def scan_kernel(
     of_row = (o_k * V)[:, None] + o_v[None, :]
     there = (i_k + o_k < K)[:, None] & (o_v < V)[None, :]
     carry = tl.zeros((ROWS, BV), tl.float32)
-    for i in tl.range(0, NS, BW * BR, num_stages=AHEAD):
+    for i in range(0, NS, BW * BR):
         o_s = i + o_w[:, None] * BR + o_r[None, :]
         m = o_s < NS
         o_s = tl.where(reverse, NS - 1 - o_s, o_s)
@@ -704,9 +703,8 @@ def chunk_pairs(
 ):  # fmt: skip
     """All products of queries x with decayed keys y (SWAP: keys x with queries), [x, y], of each direction.
 
-    STRONG: only the pairs of both directions, twice. And x, decayed to where either direction's state
-    enters (STRONG) or to the chunk's middle, and the log2 decays [BT, BK] from there, which the latter are
-    made of.
+    And x, decayed to the chunk's middle, and the log2 decays [BT, BK] from there, either in each direction.
+    STRONG: the pairs of both directions, twice; x decayed to where a state enters; the decays as they come.
     """
     SHUFFLE: tl.constexpr = PAIR_MODE == 'tf32' and not STRONG
     SPLIT: tl.constexpr = MODE == 'tf32'  # float16 has as many digits as tf32
@@ -714,7 +712,7 @@ def chunk_pairs(
     if not SPLIT:
         x = tf32_ready(x, PAIR_MODE)
     if STRONG:
-        uf, ub = lf, lb  # not used
+        uf, ub = lf, lb
         af = pairs_by_levels(x, y, lf, lb, BT, PAIR_MODE, SPLIT, SWAP)
         ab = af
         in_f, out_f = decay_to_ends(lf, BT, False)
@@ -895,7 +893,7 @@ def direction_gradients(
     c = running_sum(up_to if BACKWARD else tl.trans(up_to), p, MODE)
     # From log decays to logits: d log sigmoid(g) = sigmoid(-g).
     g = load_tile(p_g, i_c, 0, N, s_gn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-    # No gate has a part in a token's own pair, of which the sum leaves rounding.
+    # A single token has no pair but its own, in which no gate has a part: no rounding of it may be left.
     dg = (across[None, :] + c) * (sigmoid(-g) * tl.where(N > 1, inv, 0.0))
     store_tile(p_dg, dg, i_c, 0, N, s_dgn, K, BT, BK, UNIT)
     return dq, dk
@@ -928,9 +926,10 @@ def gradient_kernel(
     n_chunks = tl.cdiv(N, BT)
     table = load_table(p_table, BALANCED, BT)
     up_to = load_table(p_up_to, 0, BT)
-    past = load_table(p_mask, 0, BT)
-    future = load_table(p_mask, 1, BT)
     AGAIN: tl.constexpr = BK > 16 and not STRONG  # registers are short: what can be made again is not kept
+    if not AGAIN:
+        past = load_table(p_mask, 0, BT)
+        future = load_table(p_mask, 1, BT)
     first, end = chunks_of_program(p_sum, n_chunks, n_states, H, CH, 1, K, BK, STRONG, EXACT, GROUP)
     for j in range(0, end - first):
         i = first + j

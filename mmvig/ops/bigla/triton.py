@@ -112,11 +112,11 @@ def constants_of(key_dim: int, value_dim: int, dtype: torch.dtype, name: str, **
 # Segments and numbers of each that a program of the scan takes at once, by how many segments there are at
 # most: few sequences are long.
 SCANS = {
-    128: {'BW': 2, 'BR': 16, 'WIDTH': 64, 'AHEAD': 1, 'num_warps': 1, 'num_stages': 1},
-    float('inf'): {'BW': 8, 'BR': 16, 'WIDTH': 1, 'AHEAD': 1, 'num_warps': 4, 'num_stages': 1},
+    128: {'BW': 2, 'BR': 16, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1},
+    float('inf'): {'BW': 8, 'BR': 16, 'WIDTH': 1, 'num_warps': 4, 'num_stages': 1},
 }
 if INTERPRETED:
-    SCANS = {float('inf'): {'BW': 2, 'BR': 2, 'WIDTH': 64, 'AHEAD': 2, 'num_warps': 1, 'num_stages': 1}}
+    SCANS = {float('inf'): {'BW': 2, 'BR': 2, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1}}
 # Chunks that a program looks through for those that need the form for strong gates.
 GROUP = 32
 # Programs that each multiprocessor should get before any takes a second chunk, and the most chunks of one.
