@@ -86,7 +86,8 @@ def test_lengths_around_a_chunk(num_tokens):
 
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_gates_of_a_single_token_have_no_gradient(dtype):
-    inputs = [x.requires_grad_() for x in make_inputs(1, batch=8, heads=3, dtype=dtype)]
+    inputs = [x.requires_grad_() for x in make_inputs(1, heads=3, dtype=dtype)]
+    torch.manual_seed(1)
     o = bigla(*inputs, backend='triton')
     grads = torch.autograd.grad(o, inputs, torch.randn_like(o))
     assert all(x.any() for x in grads[:3]) and not any(x.any() for x in grads[3:])
