@@ -88,37 +88,38 @@ def states_kernel(
     after = load_table(p_table, AFTER, BT)
     if BACKWARD:
         up_to = load_table(p_table, UP_TO, BT)
+    s0 = nothing
+    s1 = nothing
     first = tl.program_id(0) * CH
-    for i_s in range(first, tl.minimum(first + CH, n_segments)):
-        s0 = nothing
-        s1 = nothing
-        for i_c in range(i_s * NC, i_s * NC + NC):
-            ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
-            k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-            v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
-            k = tf32_ready(k, PAIR_MODE)
-            ld *= inv
-            c = tile_sum(after, ld, MODE)
-            if i_v == 0:  # noqa: SIM102  the two do not combine: Triton has no lazy `and`
-                if i_c < n_chunks:
-                    store_sum(p_sum, c, i_c, BT - 1, K, BT, BK)
-                    if BACKWARD:  # scan_kernel reads the sums of its second state there
-                        store_sum(p_sum, c, every + i_c, BT - 1, K, BT, BK)
-            k *= tl.exp2(tl.where(row == BT - 1, 0.0, c))  # decay from the token to the chunk's end
-            if NC == 1:
-                s0 = product(tl.trans(k), v, nothing, PAIR_MODE)
-            else:
-                over = tl.exp2(tl.sum(tl.where(row == BT - 1, c, 0.0), 0))
-                s0 = product(tl.trans(k), v, over[:, None] * s0, PAIR_MODE)
-            if BACKWARD:
-                q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-                q = tf32_ready(q * scale, PAIR_MODE) * tl.exp2(tile_sum(up_to, ld, MODE))
-                do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
-                s1 = product(tl.trans(q), do, nothing, PAIR_MODE)
-        i_state = i_bh * n_segments + i_s
-        store_state(p_state, s0, i_state, i_v, K, V, BK, BV)
+    for i_c in range(first * NC, tl.minimum(first + CH, n_segments) * NC):
+        ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
+        k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+        v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+        k = tf32_ready(k, PAIR_MODE)
+        ld *= inv
+        c = tile_sum(after, ld, MODE)
+        if i_v == 0:  # noqa: SIM102  the two do not combine: Triton has no lazy `and`
+            if i_c < n_chunks:
+                store_sum(p_sum, c, i_c, BT - 1, K, BT, BK)
+                if BACKWARD:  # scan_kernel reads the sums of its second state there
+                    store_sum(p_sum, c, every + i_c, BT - 1, K, BT, BK)
+        k *= tl.exp2(tl.where(row == BT - 1, 0.0, c))  # decay from the token to the chunk's end
+        if NC == 1:
+            s0 = product(tl.trans(k), v, nothing, PAIR_MODE)
+        else:
+            s0 = tl.where(i_c % NC == 0, 0.0, s0)
+            over = tl.exp2(tl.sum(tl.where(row == BT - 1, c, 0.0), 0))
+            s0 = product(tl.trans(k), v, over[:, None] * s0, PAIR_MODE)
         if BACKWARD:
-            store_state(p_state, s1, n_states + i_state, i_v, K, V, BK, BV)
+            q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+            q = tf32_ready(q * scale, PAIR_MODE) * tl.exp2(tile_sum(up_to, ld, MODE))
+            do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
+            s1 = product(tl.trans(q), do, nothing, PAIR_MODE)
+        if i_c % NC == NC - 1:
+            i_state = i_bh * n_segments + i_c // NC
+            store_state(p_state, s0, i_state, i_v, K, V, BK, BV)
+            if BACKWARD:
+                store_state(p_state, s1, n_states + i_state, i_v, K, V, BK, BV)
 
 
 @triton.jit(do_not_specialize=INTS)
@@ -199,7 +200,7 @@ def output_kernel(
                         state, j, i_v, p_k, p_v, p_g, p_table, N, s_kn, s_vn, s_gn, inv, K, V, BT, BK, BV,
                         UNIT, MODE, SHUFFLE, False,
                     )  # fmt: skip
-            o = product(x, tf32_ready(state * half[:, None], PAIR_MODE), o, PAIR_MODE)
+            o = product(x, state * tf32_ready(half, PAIR_MODE)[:, None], o, PAIR_MODE)
         store_tile(p_o, o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
 
 
@@ -238,7 +239,8 @@ def gradient_kernel(
     nothing = tl.zeros((BT, BK), tl.float32)
     first = tl.program_id(0) * CH
     for i_c in range(first, tl.minimum(first + CH, n_chunks)):
-        ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
+        ld, g = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
+        half = load_half_decay(p_sum, i_c, K, BK)
         u = tile_sum(table, ld * inv, MODE)
         da = tl.zeros((BT, BT), tl.float32)
         da_t = tl.zeros((BT, BT), tl.float32)
@@ -258,8 +260,8 @@ def gradient_kernel(
         q *= scale
         i_state = i_bh * n_chunks + i_c
         dq, dk = direction_gradients(
-            nudged(q, MODE), nudged(k, MODE), u, nothing, nothing, da, da_low, da_t, da_t_low, p_v, p_o,
-            p_g, p_dg, p_state, p_sum, p_mask, table, up_to, past, future, i_c, i_c, i_state - 1, i_c > 0,
+            nudged(q, MODE), nudged(k, MODE), g, u, half, nothing, nothing, da, da_low, da_t, da_t_low, p_v,
+            p_o, p_g, p_dg, p_state, p_mask, table, up_to, past, future, i_c, i_state - 1, i_c > 0,
             n_states + i_state + 1, i_c < n_chunks - 1, N, s_vn, s_on, s_gn, s_dgn, inv, K, V, BT, BK, BV,
             UNIT, MODE, False, False, AGAIN,
         )  # fmt: skip

@@ -246,9 +246,9 @@ def load_gates(
     p, i_c, N, s_n, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
-    """log2(sigmoid(g)) of a chunk's gate logits [BT, BK], 0 beyond the edges; and g * log2(e)."""
-    g = load_tile(p, i_c, 0, N, s_n, float('inf'), K, BT, BK, UNIT).to(tl.float32) * LOG2E
-    return log2_sigmoid(g, MODE), g
+    """log2(sigmoid(g)) of a chunk's gate logits [BT, BK], 0 beyond the edges; and g in its dtype."""
+    g = load_tile(p, i_c, 0, N, s_n, float('inf'), K, BT, BK, UNIT)
+    return log2_sigmoid(g.to(tl.float32) * LOG2E, MODE), g
 
 
 @triton.jit
@@ -384,59 +384,67 @@ def states_kernel(
     before = load_table(p_table, BEFORE, BT)
     if BACKWARD:
         up_to = load_table(p_table, UP_TO, BT)
+    s0 = nothing
+    s1 = nothing
+    s2 = nothing
+    s3 = nothing
+    decay_f = tl.full((BK,), 1.0, tl.float32)
+    decay_b = tl.full((BK,), 1.0, tl.float32)
     first = tl.program_id(0) * CH
-    for i_s in range(first, tl.minimum(first + CH, n_segments)):
-        s0 = nothing
-        s1 = nothing
-        s2 = nothing
-        s3 = nothing
-        decay_b = tl.full((BK,), 1.0, tl.float32)
-        decay_f = tl.full((BK,), 1.0, tl.float32)
-        for i_c in range(i_s * NC, i_s * NC + NC):
-            lf, _ = load_gates(p_f, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
-            lb, _ = load_gates(p_b, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
-            k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-            v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
-            k = tf32_ready(k, PAIR_MODE)
-            lf *= inv
-            lb *= inv
-            cf = tile_sum(after, lf, MODE)
-            cb = tile_sum(before, lb, MODE)
-            if i_v == 0:  # noqa: SIM102  the two do not combine: Triton has no lazy `and`
-                if i_c < n_chunks:
-                    store_sum(p_sum, cf, i_c, BT - 1, K, BT, BK)
-                    store_sum(p_sum, cb, n_sums + i_c, 0, K, BT, BK)
-            kf = k * tl.exp2(tl.where(row == BT - 1, 0.0, cf))  # decay from the token to the chunk's end
-            kb = k * tl.exp2(tl.where(row == 0, 0.0, cb))
-            if NC == 1:
-                s0 = product(tl.trans(kf), v, nothing, PAIR_MODE)  # [BK, BT] @ [BT, BV]
-                s1 = product(tl.trans(kb), v, nothing, PAIR_MODE)
-            else:
-                over_f = tl.exp2(tl.sum(tl.where(row == BT - 1, cf, 0.0), 0))
-                over_b = tl.exp2(tl.sum(tl.where(row == 0, cb, 0.0), 0))
-                s0 = product(tl.trans(kf), v, over_f[:, None] * s0, PAIR_MODE)
-                s1 += decay_b[:, None] * product(tl.trans(kb), v, nothing, PAIR_MODE)
-            if BACKWARD:
-                q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-                q = tf32_ready(q * scale, PAIR_MODE)
-                do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
-                qf = q * tl.exp2(tile_sum(up_to, lf, MODE))
-                qb = q * tl.exp2(tile_sum(tl.trans(up_to), lb, MODE))
-                if NC == 1:
-                    s2 = product(tl.trans(qf), do, nothing, PAIR_MODE)
-                    s3 = product(tl.trans(qb), do, nothing, PAIR_MODE)
-                else:
-                    s2 += decay_f[:, None] * product(tl.trans(qf), do, nothing, PAIR_MODE)
-                    s3 = product(tl.trans(qb), do, over_b[:, None] * s3, PAIR_MODE)
-            if NC > 1:
-                decay_f *= over_f
-                decay_b *= over_b
-        i_state = i_bh * n_segments + i_s
-        store_state(p_state, s0, i_state, i_v, K, V, BK, BV)
-        store_state(p_state, s1, n_states + i_state, i_v, K, V, BK, BV)
+    # One loop over the chunks of all segments, as only loads of an innermost loop are under way ahead.
+    for i_c in range(first * NC, tl.minimum(first + CH, n_segments) * NC):
+        lf, _ = load_gates(p_f, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
+        lb, _ = load_gates(p_b, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
+        k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+        v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+        k = tf32_ready(k, PAIR_MODE)
+        lf *= inv
+        lb *= inv
+        cf = tile_sum(after, lf, MODE)
+        cb = tile_sum(before, lb, MODE)
+        if i_v == 0:  # noqa: SIM102  the two do not combine: Triton has no lazy `and`
+            if i_c < n_chunks:
+                store_sum(p_sum, cf, i_c, BT - 1, K, BT, BK)
+                store_sum(p_sum, cb, n_sums + i_c, 0, K, BT, BK)
+        kf = k * tl.exp2(tl.where(row == BT - 1, 0.0, cf))  # decay from the token to the chunk's end
+        kb = k * tl.exp2(tl.where(row == 0, 0.0, cb))
+        if NC == 1:
+            s0 = product(tl.trans(kf), v, nothing, PAIR_MODE)  # [BK, BT] @ [BT, BV]
+            s1 = product(tl.trans(kb), v, nothing, PAIR_MODE)
+        else:
+            new = i_c % NC == 0  # a segment; nothing of the last one may be left, were it NaN
+            s0 = tl.where(new, 0.0, s0)
+            s1 = tl.where(new, 0.0, s1)
+            decay_b = tl.where(new, 1.0, decay_b)
+            over_f = tl.exp2(tl.sum(tl.where(row == BT - 1, cf, 0.0), 0))
+            over_b = tl.exp2(tl.sum(tl.where(row == 0, cb, 0.0), 0))
+            s0 = product(tl.trans(kf), v, over_f[:, None] * s0, PAIR_MODE)
+            s1 += decay_b[:, None] * product(tl.trans(kb), v, nothing, PAIR_MODE)
         if BACKWARD:
-            store_state(p_state, s2, n_states * 2 + i_state, i_v, K, V, BK, BV)
-            store_state(p_state, s3, n_states * 3 + i_state, i_v, K, V, BK, BV)
+            q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+            q = tf32_ready(q * scale, PAIR_MODE)
+            do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
+            qf = q * tl.exp2(tile_sum(up_to, lf, MODE))
+            qb = q * tl.exp2(tile_sum(tl.trans(up_to), lb, MODE))
+            if NC == 1:
+                s2 = product(tl.trans(qf), do, nothing, PAIR_MODE)
+                s3 = product(tl.trans(qb), do, nothing, PAIR_MODE)
+            else:
+                s2 = tl.where(new, 0.0, s2)
+                s3 = tl.where(new, 0.0, s3)
+                decay_f = tl.where(new, 1.0, decay_f)
+                s2 += decay_f[:, None] * product(tl.trans(qf), do, nothing, PAIR_MODE)
+                s3 = product(tl.trans(qb), do, over_b[:, None] * s3, PAIR_MODE)
+                decay_f *= over_f
+        if NC > 1:
+            decay_b *= over_b
+        if i_c % NC == NC - 1:
+            i_state = i_bh * n_segments + i_c // NC
+            store_state(p_state, s0, i_state, i_v, K, V, BK, BV)
+            store_state(p_state, s1, n_states + i_state, i_v, K, V, BK, BV)
+            if BACKWARD:
+                store_state(p_state, s2, n_states * 2 + i_state, i_v, K, V, BK, BV)
+                store_state(p_state, s3, n_states * 3 + i_state, i_v, K, V, BK, BV)
 
 
 @triton.jit(do_not_specialize=INTS)
@@ -810,28 +818,32 @@ def output_kernel(
                         fwd, bwd, i_c, i_v, k_at, v_at, f_at, b_at, p_table, N, s_kn, s_vn, s_fn, s_bn, inv,
                         K, V, BT, BK, BV, UNIT, MODE, NC, SHUFFLE,
                     )  # fmt: skip
-                if not STRONG:
-                    fwd *= half_f[:, None]
-                    bwd *= half_b[:, None]
-                o = product(qf, tf32_ready(fwd, PAIR_MODE), o, PAIR_MODE)
-                o = product(qb, tf32_ready(bwd, PAIR_MODE), o, PAIR_MODE)
+                if STRONG:
+                    fwd = tf32_ready(fwd, PAIR_MODE)
+                    bwd = tf32_ready(bwd, PAIR_MODE)
+                else:
+                    fwd *= tf32_ready(half_f, PAIR_MODE)[:, None]
+                    bwd *= tf32_ready(half_b, PAIR_MODE)[:, None]
+                o = product(qf, fwd, o, PAIR_MODE)
+                o = product(qb, bwd, o, PAIR_MODE)
             o_at = at(p_o, i_b, i_h, s_ob, s_oh, UNIT)
             store_tile(o_at, o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
 
 
 @triton.jit
 def direction_gradients(
-    q, k, u, dq, dk, da, da_low, da_t, da_t_low, p_v, p_o, p_g, p_dg, p_state, p_sum, p_mask, table, up_to,
-    mask_q, mask_k, i_c, i_chunk, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
+    q, k, g, u, half, dq, dk, da, da_low, da_t, da_t_low, p_v, p_o, p_g, p_dg, p_state, p_mask, table,
+    up_to, mask_q, mask_k, i_c, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, MODE: tl.constexpr, BACKWARD: tl.constexpr, STRONG: tl.constexpr,
     AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Add one direction's part to dq and dk [BT, BK], and write its gate's gradient.
 
-    da[t, s] = do_t . v_s, in two terms, da and da_low, and its transpose; STRONG: in one. u: the log2
-    decays [BT, BK], STRONG: of each token, else from the chunk's middle. mask_q, mask_k: the pairs of each
-    query, of each key. AGAIN: u and the masks are made anew. A pair (t, s) adds
+    da[t, s] = do_t . v_s, in two terms, da and da_low, and its transpose; STRONG: in one. g: the gate's
+    logits [BT, BK]. u: the log2 decays [BT, BK], STRONG: of each token, else from the chunk's middle.
+    half: the decay over half the chunk, not used if STRONG. mask_q, mask_k: the pairs of each query, of
+    each key. AGAIN: g, u and the masks are loaded or made anew. A pair (t, s) adds
     p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two: summed up as running
     sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from outside it.
     Each p enters twice, from the same rounded factors, so that what must cancel does.
@@ -876,7 +888,6 @@ def direction_gradients(
         ek = exp2_minus(u)
         q_u = cut(q * eq, MODE)
         k_u = cut(k * ek, MODE)
-        half = load_half_decay(p_sum, i_chunk, K, BK)
         across *= half * half
         xq *= half[None, :]
         xk *= half[None, :]
@@ -892,9 +903,10 @@ def direction_gradients(
     across += tl.sum(kx, 0)
     c = running_sum(up_to if BACKWARD else tl.trans(up_to), p, MODE)
     # From log decays to logits: d log sigmoid(g) = sigmoid(-g).
-    g = load_tile(p_g, i_c, 0, N, s_gn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+    if AGAIN:
+        g = load_tile(p_g, i_c, 0, N, s_gn, 0.0, K, BT, BK, UNIT)
     # A single token has no pair but its own, in which no gate has a part: no rounding of it may be left.
-    dg = (across[None, :] + c) * (sigmoid(-g) * tl.where(N > 1, inv, 0.0))
+    dg = (across[None, :] + c) * (sigmoid(-g.to(tl.float32)) * tl.where(N > 1, inv, 0.0))
     store_tile(p_dg, dg, i_c, 0, N, s_dgn, K, BT, BK, UNIT)
     return dq, dk
 
@@ -949,8 +961,10 @@ def gradient_kernel(
             q = q.to(tl.float32) * scale
             k = k.to(tl.float32)
 
-            lf, _ = load_gates(f_at, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
-            lb, _ = load_gates(b_at, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
+            half_f = load_half_decay(p_sum, i, K, BK)
+            half_b = load_half_decay(p_sum, n_states + i, K, BK)
+            lf, gf = load_gates(f_at, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
+            lb, gb = load_gates(b_at, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
             lf *= inv
             lb *= inv
             af, ab, kf, kb, uf, ub = chunk_pairs(k, q, lf, lb, table, BT, MODE, PAIR_MODE, True, STRONG)
@@ -971,14 +985,19 @@ def gradient_kernel(
                     da_t = product(v, tl.trans(do), da_t, MODE)
                 fwd = load_state(p_state, n_states * 2 + i + 1, right, i_v, K, V, BK, BV, SHUFFLE)
                 bwd = load_state(p_state, n_states * 3 + i - 1, left, i_v, K, V, BK, BV, SHUFFLE)
-                if not STRONG:
-                    fwd *= load_half_decay(p_sum, i, K, BK, SHUFFLE)[:, None]
-                    bwd *= load_half_decay(p_sum, n_states + i, K, BK, SHUFFLE)[:, None]
+                if STRONG:
+                    fwd = tf32_ready(fwd, PAIR_MODE)
+                    bwd = tf32_ready(bwd, PAIR_MODE)
+                else:
+                    over_f = load_half_decay(p_sum, i, K, BK, SHUFFLE)
+                    over_b = load_half_decay(p_sum, n_states + i, K, BK, SHUFFLE)
+                    fwd *= tf32_ready(over_f, PAIR_MODE)[:, None]
+                    bwd *= tf32_ready(over_b, PAIR_MODE)[:, None]
                 dv = product(af, do, tl.zeros((BT, BV), tl.float32), MODE)
                 if not STRONG:
                     dv = product(ab, do, dv, MODE)
-                dv = product(kf, tf32_ready(fwd, PAIR_MODE), dv, PAIR_MODE)
-                dv = product(kb, tf32_ready(bwd, PAIR_MODE), dv, PAIR_MODE)
+                dv = product(kf, fwd, dv, PAIR_MODE)
+                dv = product(kb, bwd, dv, PAIR_MODE)
                 dv_at = at(p_dv, i_b, i_h, s_dvb, s_dvh, UNIT)
                 store_tile(dv_at, dv, i_c, i_v, N, s_dvn, V, BT, BV, UNIT)
 
@@ -1001,16 +1020,16 @@ def gradient_kernel(
                 q = nudged(q, MODE)
                 k = nudged(k, MODE)
             dq, dk = direction_gradients(
-                q, k, uf, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, f_at,
-                at(p_df, i_b, i_h, s_dfb, s_dfh, UNIT), p_state, p_sum, p_mask, table, up_to, past, future,
-                i_c, i, i - 1, left, n_states * 2 + i + 1, right, N, s_vn, s_on, s_fn, s_dfn, inv, K, V, BT,
-                BK, BV, UNIT, MODE, False, STRONG, AGAIN,
+                q, k, gf, uf, half_f, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, f_at,
+                at(p_df, i_b, i_h, s_dfb, s_dfh, UNIT), p_state, p_mask, table, up_to, past, future, i_c,
+                i - 1, left, n_states * 2 + i + 1, right, N, s_vn, s_on, s_fn, s_dfn, inv, K, V, BT, BK, BV,
+                UNIT, MODE, False, STRONG, AGAIN,
             )  # fmt: skip
             dq, dk = direction_gradients(
-                q, k, ub, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, b_at,
-                at(p_db, i_b, i_h, s_dbb, s_dbh, UNIT), p_state, p_sum, p_mask, table, up_to, future, past,
-                i_c, n_states + i, n_states + i + 1, right, n_states * 3 + i - 1, left, N, s_vn, s_on, s_bn,
-                s_dbn, inv, K, V, BT, BK, BV, UNIT, MODE, True, STRONG, AGAIN,
+                q, k, gb, ub, half_b, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, b_at,
+                at(p_db, i_b, i_h, s_dbb, s_dbh, UNIT), p_state, p_mask, table, up_to, future, past, i_c,
+                n_states + i + 1, right, n_states * 3 + i - 1, left, N, s_vn, s_on, s_bn, s_dbn, inv, K, V,
+                BT, BK, BV, UNIT, MODE, True, STRONG, AGAIN,
             )  # fmt: skip
             dq_at = at(p_dq, i_b, i_h, s_dqb, s_dqh, UNIT)
             dk_at = at(p_dk, i_b, i_h, s_dkb, s_dkh, UNIT)

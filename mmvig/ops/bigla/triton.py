@@ -56,7 +56,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     if block_k == 16:
         warps = {
             'states': (1, 2),
-            'back_states': (1, 2),
+            'back_states': (1, 3),
             'walk': (1, 3) if mode == 'tf32' else (2, 3),
             'back_walk': (2, 3),
             'short_back_walk': (2, 3) if mode == 'tf32x3' else (1, 2, 128),
@@ -66,7 +66,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     elif block_k == 32:
         warps = {
             'states': (4, 1),
-            'back_states': (2, 1),
+            'back_states': (2, 2),
             'walk': (2, 2),
             'back_walk': (2, 2),
             'short_back_walk': (2, 2),
