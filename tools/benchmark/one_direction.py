@@ -241,12 +241,15 @@ def gradient_kernel(
     for i_c in range(first, tl.minimum(first + CH, n_chunks)):
         ld, g = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
         half = load_half_decay(p_sum, i_c, K, BK)
+        v = load_tile(p_v, i_c, 0, N, s_vn, 0.0, V, BT, BV, UNIT)
+        do = load_tile(p_o, i_c, 0, N, s_on, 0.0, V, BT, BV, UNIT)
         u = tile_sum(table, ld * inv, MODE)
         da = tl.zeros((BT, BT), tl.float32)
         da_t = tl.zeros((BT, BT), tl.float32)
         for i_v in range((V + BV - 1) // BV):
-            v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
-            do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
+            if V > BV:
+                v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+                do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
             da = product(do, tl.trans(v), da, MODE)
             if not AGAIN:
                 da_t = product(v, tl.trans(do), da_t, MODE)
@@ -260,10 +263,10 @@ def gradient_kernel(
         q *= scale
         i_state = i_bh * n_chunks + i_c
         dq, dk = direction_gradients(
-            nudged(q, MODE), nudged(k, MODE), g, u, half, nothing, nothing, da, da_low, da_t, da_t_low, p_v,
-            p_o, p_g, p_dg, p_state, p_mask, table, up_to, past, future, i_c, i_state - 1, i_c > 0,
-            n_states + i_state + 1, i_c < n_chunks - 1, N, s_vn, s_on, s_gn, s_dgn, inv, K, V, BT, BK, BV,
-            UNIT, MODE, False, False, AGAIN,
+            nudged(q, MODE), nudged(k, MODE), v, do, g, u, half, nothing, nothing, da, da_low, da_t,
+            da_t_low, p_v, p_o, p_g, p_dg, p_state, p_mask, table, up_to, past, future, i_c, i_state - 1,
+            i_c > 0, n_states + i_state + 1, i_c < n_chunks - 1, N, s_vn, s_on, s_gn, s_dgn, inv, K, V, BT,
+            BK, BV, UNIT, MODE, False, False, AGAIN,
         )  # fmt: skip
         store_tile(p_dq, dq * scale, i_c, 0, N, s_dqn, K, BT, BK, UNIT)
         store_tile(p_dk, dk, i_c, 0, N, s_dkn, K, BT, BK, UNIT)
@@ -272,7 +275,11 @@ def gradient_kernel(
 @functools.lru_cache(maxsize=64)
 def constants_of(widths: tuple[int, int, torch.dtype], name: str, **more) -> Constants:
     """Constants of a kernel as the merged operator has them; dv, part of its gradients, is one here."""
-    constants = {**plan(*widths)['gradient' if name == 'dv' else name], **more}
+    p = plan(*widths)
+    constants = {**p['gradient' if name == 'dv' else name], **more}
+    constants.pop('PARTS', None)
+    if name == 'states':  # one direction has registers for whole chunks
+        constants |= {'BT': p['output']['BT'], 'maxnreg': None}
     if name == 'gradient':
         del constants['PAIR_MODE']
     elif name == 'dv' and constants['BK'] == 16:

@@ -354,12 +354,13 @@ def states_kernel(
     s_oh, CH, scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, NC: tl.constexpr,
-    BACKWARD: tl.constexpr,
+    BACKWARD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What each segment alone adds to the states that leave it; each chunk's sums of log2 decays.
 
     state 0 = sum_s (decay from s to the segment's end * k_s) v_s^T      1: to its start, backward decay
     state 2 = sum_t (decay from the start to t * q_t) do_t^T, BACKWARD   3: from its end, backward decay
+    A chunk is PARTS tiles of BT tokens: few registers, so many programs, with few states.
     """
     if SAME:
         s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
@@ -369,7 +370,7 @@ def states_kernel(
     i_h = tl.program_id(1) // NV
     i_b = tl.program_id(2)
     i_bh = i_b * H + i_h
-    n_chunks = tl.cdiv(N, BT)
+    n_chunks = tl.cdiv(N, BT * PARTS)
     n_segments = tl.cdiv(n_chunks, NC)
     p_q = at(p_q, i_b, i_h, s_qb, s_qh, UNIT)
     p_k = at(p_k, i_b, i_h, s_kb, s_kh, UNIT)
@@ -384,49 +385,64 @@ def states_kernel(
     before = load_table(p_table, BEFORE, BT)
     if BACKWARD:
         up_to = load_table(p_table, UP_TO, BT)
+    TILES: tl.constexpr = NC * PARTS
     s0 = nothing
     s1 = nothing
     s2 = nothing
     s3 = nothing
     decay_f = tl.full((BK,), 1.0, tl.float32)
     decay_b = tl.full((BK,), 1.0, tl.float32)
+    sum_f = tl.zeros((BK,), tl.float32)
+    sum_b = tl.zeros((BK,), tl.float32)
+    o_k = tl.arange(0, BK)
     first = tl.program_id(0) * CH
-    # One loop over the chunks of all segments, as only loads of an innermost loop are under way ahead.
-    for i_c in range(first * NC, tl.minimum(first + CH, n_segments) * NC):
-        lf, _ = load_gates(p_f, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
-        lb, _ = load_gates(p_b, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
-        k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-        v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+    # One loop over the tiles of all segments, as only loads of an innermost loop are under way ahead.
+    for i_t in range(first * TILES, tl.minimum(first + CH, n_segments) * TILES):
+        lf, _ = load_gates(p_f, i_t, N, s_fn, K, BT, BK, UNIT, MODE)
+        lb, _ = load_gates(p_b, i_t, N, s_bn, K, BT, BK, UNIT, MODE)
+        k = load_tile(p_k, i_t, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+        v = load_tile(p_v, i_t, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
         k = tf32_ready(k, PAIR_MODE)
         lf *= inv
         lb *= inv
         cf = tile_sum(after, lf, MODE)
         cb = tile_sum(before, lb, MODE)
+        i_c = i_t // PARTS
+        if TILES > 1:
+            total_f = tl.sum(tl.where(row == BT - 1, cf, 0.0), 0)
+            total_b = tl.sum(tl.where(row == 0, cb, 0.0), 0)
+        if PARTS > 1:
+            sum_f = tl.where(i_t % PARTS == 0, 0.0, sum_f) + total_f
+            sum_b = tl.where(i_t % PARTS == 0, 0.0, sum_b) + total_b
         if i_v == 0:  # noqa: SIM102  the two do not combine: Triton has no lazy `and`
             if i_c < n_chunks:
-                store_sum(p_sum, cf, i_c, BT - 1, K, BT, BK)
-                store_sum(p_sum, cb, n_sums + i_c, 0, K, BT, BK)
+                if PARTS == 1:
+                    store_sum(p_sum, cf, i_c, BT - 1, K, BT, BK)
+                    store_sum(p_sum, cb, n_sums + i_c, 0, K, BT, BK)
+                elif i_t % PARTS == PARTS - 1:
+                    tl.store(p_sum + i_c * K + o_k, sum_f, mask=o_k < K)
+                    tl.store(p_sum + (n_sums + i_c) * K + o_k, sum_b, mask=o_k < K)
         kf = k * tl.exp2(tl.where(row == BT - 1, 0.0, cf))  # decay from the token to the chunk's end
         kb = k * tl.exp2(tl.where(row == 0, 0.0, cb))
-        if NC == 1:
+        if TILES == 1:
             s0 = product(tl.trans(kf), v, nothing, PAIR_MODE)  # [BK, BT] @ [BT, BV]
             s1 = product(tl.trans(kb), v, nothing, PAIR_MODE)
         else:
-            new = i_c % NC == 0  # a segment; nothing of the last one may be left, were it NaN
+            new = i_t % TILES == 0  # a segment; nothing of the last one may be left, were it NaN
             s0 = tl.where(new, 0.0, s0)
             s1 = tl.where(new, 0.0, s1)
             decay_b = tl.where(new, 1.0, decay_b)
-            over_f = tl.exp2(tl.sum(tl.where(row == BT - 1, cf, 0.0), 0))
-            over_b = tl.exp2(tl.sum(tl.where(row == 0, cb, 0.0), 0))
+            over_f = tl.exp2(total_f)
+            over_b = tl.exp2(total_b)
             s0 = product(tl.trans(kf), v, over_f[:, None] * s0, PAIR_MODE)
             s1 += decay_b[:, None] * product(tl.trans(kb), v, nothing, PAIR_MODE)
         if BACKWARD:
-            q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+            q = load_tile(p_q, i_t, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
             q = tf32_ready(q * scale, PAIR_MODE)
-            do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
+            do = load_tile(p_o, i_t, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
             qf = q * tl.exp2(tile_sum(up_to, lf, MODE))
             qb = q * tl.exp2(tile_sum(tl.trans(up_to), lb, MODE))
-            if NC == 1:
+            if TILES == 1:
                 s2 = product(tl.trans(qf), do, nothing, PAIR_MODE)
                 s3 = product(tl.trans(qb), do, nothing, PAIR_MODE)
             else:
@@ -436,10 +452,10 @@ def states_kernel(
                 s2 += decay_f[:, None] * product(tl.trans(qf), do, nothing, PAIR_MODE)
                 s3 = product(tl.trans(qb), do, over_b[:, None] * s3, PAIR_MODE)
                 decay_f *= over_f
-        if NC > 1:
+        if TILES > 1:
             decay_b *= over_b
-        if i_c % NC == NC - 1:
-            i_state = i_bh * n_segments + i_c // NC
+        if i_t % TILES == TILES - 1:
+            i_state = i_bh * n_segments + i_t // TILES
             store_state(p_state, s0, i_state, i_v, K, V, BK, BV)
             store_state(p_state, s1, n_states + i_state, i_v, K, V, BK, BV)
             if BACKWARD:
@@ -832,18 +848,19 @@ def output_kernel(
 
 @triton.jit
 def direction_gradients(
-    q, k, g, u, half, dq, dk, da, da_low, da_t, da_t_low, p_v, p_o, p_g, p_dg, p_state, p_mask, table,
-    up_to, mask_q, mask_k, i_c, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
+    q, k, v, do, g, u, half, dq, dk, da, da_low, da_t, da_t_low, p_v, p_o, p_g, p_dg, p_state, p_mask,
+    table, up_to, mask_q, mask_k, i_c, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, MODE: tl.constexpr, BACKWARD: tl.constexpr, STRONG: tl.constexpr,
     AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Add one direction's part to dq and dk [BT, BK], and write its gate's gradient.
 
-    da[t, s] = do_t . v_s, in two terms, da and da_low, and its transpose; STRONG: in one. g: the gate's
-    logits [BT, BK]. u: the log2 decays [BT, BK], STRONG: of each token, else from the chunk's middle.
-    half: the decay over half the chunk, not used if STRONG. mask_q, mask_k: the pairs of each query, of
-    each key. AGAIN: g, u and the masks are loaded or made anew. A pair (t, s) adds
+    da[t, s] = do_t . v_s, in two terms, da and da_low, and its transpose; STRONG: in one. v, do:
+    their first BV columns. g: the gate's logits [BT, BK]. u: the log2 decays [BT, BK], STRONG: of each
+    token, else from the chunk's middle. half: the decay over half the chunk, not used if STRONG. mask_q,
+    mask_k: the pairs of each query, of each key. AGAIN: g, u and the masks are loaded or made anew. A pair
+    (t, s) adds
     p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two: summed up as running
     sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from outside it.
     Each p enters twice, from the same rounded factors, so that what must cancel does.
@@ -852,8 +869,9 @@ def direction_gradients(
     xk = tl.zeros((BT, BK), tl.float32)
     across = tl.zeros((BK,), tl.float32)
     for i_v in range((V + BV - 1) // BV):
-        v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
-        do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
+        if V > BV:
+            v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+            do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
         ask = load_state(p_state, i_ask, there_ask, i_v, K, V, BK, BV, False)
         key = load_state(p_state, i_key, there_key, i_v, K, V, BK, BV, False)
         across += tl.sum(ask * key, 1)
@@ -1001,6 +1019,9 @@ def gradient_kernel(
                 dv_at = at(p_dv, i_b, i_h, s_dvb, s_dvh, UNIT)
                 store_tile(dv_at, dv, i_c, i_v, N, s_dvn, V, BT, BV, UNIT)
 
+            # Loaded again, as products want them in another order of shared memory than those above.
+            v = load_tile(v_at, i_c, 0, N, s_vn, 0.0, V, BT, BV, UNIT)
+            do = load_tile(o_at, i_c, 0, N, s_on, 0.0, V, BT, BV, UNIT)
             if STRONG:
                 # A token's own pair counts in both directions, and no gate has a part in it.
                 o = tl.arange(0, BT)
@@ -1020,13 +1041,13 @@ def gradient_kernel(
                 q = nudged(q, MODE)
                 k = nudged(k, MODE)
             dq, dk = direction_gradients(
-                q, k, gf, uf, half_f, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, f_at,
+                q, k, v, do, gf, uf, half_f, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, f_at,
                 at(p_df, i_b, i_h, s_dfb, s_dfh, UNIT), p_state, p_mask, table, up_to, past, future, i_c,
                 i - 1, left, n_states * 2 + i + 1, right, N, s_vn, s_on, s_fn, s_dfn, inv, K, V, BT, BK, BV,
                 UNIT, MODE, False, STRONG, AGAIN,
             )  # fmt: skip
             dq, dk = direction_gradients(
-                q, k, gb, ub, half_b, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, b_at,
+                q, k, v, do, gb, ub, half_b, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, b_at,
                 at(p_db, i_b, i_h, s_dbb, s_dbh, UNIT), p_state, p_mask, table, up_to, future, past, i_c,
                 n_states + i + 1, right, n_states * 3 + i - 1, left, N, s_vn, s_on, s_bn, s_dbn, inv, K, V,
                 BT, BK, BV, UNIT, MODE, True, STRONG, AGAIN,

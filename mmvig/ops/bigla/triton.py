@@ -51,17 +51,18 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     blocks = {'K': key_dim, 'V': value_dim, 'BT': block_t, 'BK': block_k, 'BV': block_v, 'MODE': mode}
     # With chunks of 64, two warps of the gradients' kernel spill registers.
     back = {**blocks, 'BT': min(block_t, 32)}
+    parts = 2 if block_k == 16 else 1
     pair_mode = 'tf32x3' if dtype == torch.float32 else 'tf32'
     # Warps, stages of loads, and the most registers of each kernel.
     if block_k == 16:
         warps = {
-            'states': (1, 2),
+            'states': (1, 2, 160),
             'back_states': (1, 3),
             'walk': (1, 3) if mode == 'tf32' else (2, 3),
             'back_walk': (2, 3),
             'short_back_walk': (2, 3) if mode == 'tf32x3' else (1, 2, 128),
-            'output': (2, 2) if block_v > 32 else (4, 3, 160) if mode == 'bf16' else (4, 1, 168),
-            'gradient': (2, 2),
+            'output': (2, 2) if block_v > 32 else (4, 3, 168) if mode == 'bf16' else (4, 1, 168),
+            'gradient': (2, 3),
         }
     elif block_k == 32:
         warps = {
@@ -92,8 +93,8 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
         'NC': chunks,
         'share': state_bytes / (chunk_bytes * chunks),
         'state_dtype': state_dtype,
-        'states': {**blocks, 'PAIR_MODE': mode, **warps['states']},
-        'back_states': {**back, 'PAIR_MODE': pair_mode, **warps['back_states']},
+        'states': {**blocks, 'BT': block_t // parts, 'PARTS': parts, 'PAIR_MODE': mode, **warps['states']},
+        'back_states': {**back, 'PARTS': 1, 'PAIR_MODE': pair_mode, **warps['back_states']},
         'walk': {**blocks, 'PAIR_MODE': mode, **warps['walk']},
         'back_walk': {**back, 'PAIR_MODE': pair_mode, **warps['back_walk']},
         'short_back_walk': {**back, 'PAIR_MODE': pair_mode, **warps['short_back_walk']},
@@ -215,22 +216,22 @@ def make_states(
     kinds, n_states, key_dim, value_dim = state.shape
     num_segments = n_states // (batch * heads)
     n_sums = batch * heads * num_chunks
-    constants = constants_of(*widths, name, UNIT=unit, SAME=same, NC=chunks, BACKWARD=kinds == 4)
-    blocks_v = ceil_div(value_dim, constants['BV'])
-    table = tables(state.device, constants['BT'])[0]
     if chunks == 1 and num_tokens <= MAX_WALK:
         walk = 'walk' if kinds == 2 else 'short_back_walk' if num_tokens <= MAX_SHORT_WALK else 'back_walk'
+        constants = constants_of(*widths, walk, UNIT=unit, SAME=same)
         launch(
-            kernels.walk_kernel, key, (kinds, heads * blocks_v, batch),
-            (*inputs, state, sums, table, num_tokens, heads, n_states, n_sums, *strides, *common),
-            constants_of(*widths, walk, UNIT=unit, SAME=same),
+            kernels.walk_kernel, key, (kinds, heads * ceil_div(value_dim, constants['BV']), batch),
+            (*inputs, state, sums, tables(state.device, constants['BT'])[0], num_tokens, heads, n_states,
+             n_sums, *strides, *common), constants,
         )  # fmt: skip
         return
+    constants = constants_of(*widths, name, UNIT=unit, SAME=same, NC=chunks, BACKWARD=kinds == 4)
+    blocks_v = ceil_div(value_dim, constants['BV'])
     run = run_length(num_segments, batch * heads * blocks_v, state.device)
     launch(
         kernels.states_kernel, key, (ceil_div(num_segments, run), heads * blocks_v, batch),
-        (*inputs, state, sums, table, num_tokens, heads, n_states, n_sums, *strides, run, *common),
-        constants,
+        (*inputs, state, sums, tables(state.device, constants['BT'])[0], num_tokens, heads, n_states,
+         n_sums, *strides, run, *common), constants,
     )  # fmt: skip
     scan = scan_constants(widths, num_segments, chunks)
     launch(
