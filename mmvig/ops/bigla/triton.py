@@ -56,7 +56,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     # Warps, stages of loads, and the most registers of each kernel.
     if block_k == 16:
         warps = {
-            'states': (1, 2, 160),
+            'states': (1, 2) if mode == 'tf32x3' else (1, 2, 160),
             'back_states': (1, 3),
             'walk': (1, 3) if mode == 'tf32' else (2, 3),
             'back_walk': (2, 3),
