@@ -62,7 +62,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
             'back_walk': (2, 3),
             'short_back_walk': (2, 3) if mode == 'tf32x3' else (1, 2, 128),
             'output': (2, 2) if block_v > 32 else (4, 3, 168) if mode == 'bf16' else (4, 1, 168),
-            'gradient': (2, 3),
+            'gradient': (2, 3) if mode == 'bf16' else (2, 2),
         }
     elif block_k == 32:
         warps = {
