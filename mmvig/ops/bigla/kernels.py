@@ -196,6 +196,14 @@ def tile_sum(table, x, MODE: tl.constexpr):
 
 
 @triton.jit
+def whole_sum(x, MODE: tl.constexpr):
+    """Sum log2 decays x [BT, BK] over all tokens, rounded as tile_sum rounds them."""
+    if MODE == 'bf16':
+        x = x.to(tl.float16).to(tl.float32)
+    return tl.sum(x, 0)
+
+
+@triton.jit
 def running_sum(table, x, MODE: tl.constexpr):
     """Sum any float32 x [BT, BK], in which large numbers may cancel, over tokens: table @ x."""
     if MODE == 'tf32x3' or INTERPRETED:
@@ -513,7 +521,9 @@ def walk_kernel(
     state = tl.zeros((BK, BV), tl.float32)
     for i in range(n_chunks - 1):
         i_c = tl.where(reverse, n_chunks - 1 - i, i)
-        c, total = walk_gates(p_g, i_c, N, s_g, table, whole, inv, K, BT, BK, UNIT, MODE)
+        ld, _ = load_gates(p_g, i_c, N, s_g, K, BT, BK, UNIT, MODE)
+        c = tile_sum(table, ld * inv, MODE)
+        total = tl.sum(tl.where(whole, c, 0.0), 0)
         x = load_tile(p_x, i_c, 0, N, s_x, 0.0, K, BT, BK, UNIT).to(tl.float32)
         y = load_tile(p_y, i_c, i_v, N, s_y, 0.0, V, BT, BV, UNIT)
         if of_keys & (i_v == 0):
@@ -523,19 +533,8 @@ def walk_kernel(
         store_state(p_state, state, i_state + i_c, i_v, K, V, BK, BV)
     if of_keys & (i_v == 0):  # what leaves the last chunk enters none
         i_c = tl.where(reverse, 0, n_chunks - 1)
-        _, total = walk_gates(p_g, i_c, N, s_g, table, whole, inv, K, BT, BK, UNIT, MODE)
-        tl.store(p_sum + i_c * K + o_k, total, mask=o_k < K)
-
-
-@triton.jit
-def walk_gates(
-    p_g, i_c, N, s_g, table, whole, inv,
-    K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
-    """A chunk's log2 decays, summed by the table [BT, BK], and its row that has all of them [BK]."""
-    ld, _ = load_gates(p_g, i_c, N, s_g, K, BT, BK, UNIT, MODE)
-    c = tile_sum(table, ld * inv, MODE)
-    return c, tl.sum(tl.where(whole, c, 0.0), 0)
+        last, _ = load_gates(p_g, i_c, N, s_g, K, BT, BK, UNIT, MODE)
+        tl.store(p_sum + i_c * K + o_k, whole_sum(last * inv, MODE), mask=o_k < K)
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
         warps = {
             'states': (1, 2) if mode == 'tf32x3' else (1, 2, 160),
             'back_states': (1, 3),
-            'walk': (1, 3) if mode == 'tf32' else (2, 3),
+            'walk': (1, 3) if mode == 'tf32' else (2, 3, 128 if mode == 'bf16' else None),
             'back_walk': (2, 3),
             'short_back_walk': (2, 3) if mode == 'tf32x3' else (1, 2, 128),
             'output': (2, 2) if block_v > 32 else (4, 3, 168) if mode == 'bf16' else (4, 1, 168),
@@ -120,11 +120,12 @@ if INTERPRETED:
     SCANS = {float('inf'): {'BW': 2, 'BR': 2, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1}}
 # Chunks that a program looks through for those that need the form for strong gates.
 GROUP = 32
-# Programs that each multiprocessor should get before any takes a second chunk, and the most chunks of one.
-FILL, MAX_RUN = 8, 8
+# By kernel: programs that each multiprocessor should get before any takes a second chunk, and the most
+# chunks of one.
+RUNS = {'states': (8, 4), 'back_states': (8, 8), 'output': (4, 8), 'gradient': (8, 8)}
 # Tokens of the longest sequences whose states are walked; the number of sequences must not decide, as
 # the rounding of states differs and an image's result would depend on its batch.
-MAX_WALK = 32 if INTERPRETED else 1024
+MAX_WALK = 32 if INTERPRETED else 800
 MAX_SHORT_WALK = 256
 # Bytes of states from which on a forward pass takes half a batch at a time, if they are more than a quarter
 # of its inputs: half the memory for a twentieth of the time.
@@ -148,10 +149,10 @@ def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=4096)
-def run_length(n: int, sequences: int, device: torch.device) -> int:
+def run_length(name: str, n: int, sequences: int, device: torch.device) -> int:
     """How many of a sequence's n chunks or segments a program takes, if programs are to fill the device."""
-    fill = FILL * multiprocessors(device)
-    runs = ceil_div(n, max(1, min(MAX_RUN, n * sequences // fill)))
+    fill, most = RUNS[name]
+    runs = ceil_div(n, max(1, min(most, n * sequences // (fill * multiprocessors(device)))))
     return ceil_div(n, runs)
 
 
@@ -227,7 +228,7 @@ def make_states(
         return
     constants = constants_of(*widths, name, UNIT=unit, SAME=same, NC=chunks, BACKWARD=kinds == 4)
     blocks_v = ceil_div(value_dim, constants['BV'])
-    run = run_length(num_segments, batch * heads * blocks_v, state.device)
+    run = run_length(name, num_segments, batch * heads * blocks_v, state.device)
     launch(
         kernels.states_kernel, key, (ceil_div(num_segments, run), heads * blocks_v, batch),
         (*inputs, state, sums, tables(state.device, constants['BT'])[0], num_tokens, heads, n_states,
@@ -259,7 +260,7 @@ def mild_then_strong(kernel, key, num_chunks, parts, arguments, common, widths, 
     mild = constants_of(*widths, name, STRONG=False, GROUP=1, **more)
     exact = mild['MODE'] == 'tf32x3'
     if not exact:
-        run = run_length(num_chunks, heads * blocks_v * batch, arguments[0].device)
+        run = run_length(name, num_chunks, heads * blocks_v * batch, arguments[0].device)
         grid = ceil_div(num_chunks, run), heads * blocks_v, batch
         launch(kernel, key, grid, (*arguments, run, *common), mild)
     group = 1 if exact else GROUP
