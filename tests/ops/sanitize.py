@@ -5,7 +5,11 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/
 Arguments: bigla, fused; default both.
 """
 
+import argparse
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what the tests import
 
 import test_bigla_triton as bigla
 import test_block as block
@@ -49,8 +53,15 @@ def run_fused() -> None:
             torch.autograd.backward(maps, [torch.ones_like(y) for y in maps])
 
 
-for name, job in (('bigla', run_bigla), ('fused', run_fused)):
-    if name in (sys.argv[1:] or ('bigla', 'fused')):
-        job()
+JOBS = {'bigla': run_bigla, 'fused': run_fused}
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('jobs', nargs='*', metavar='JOB', help=f'some of {list(JOBS)}; default: all')
+    jobs = parser.parse_args().jobs or JOBS
+    if unknown := [name for name in jobs if name not in JOBS]:
+        parser.error(f'unknown job {unknown[0]}, choose from {list(JOBS)}')
+    for name in jobs:
+        JOBS[name]()
         torch.cuda.synchronize()
         print(name, 'done')

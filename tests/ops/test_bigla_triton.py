@@ -326,7 +326,8 @@ def test_sweep_lengths():
 )
 def test_sweep_widths(key, value):
     for dtype in DTYPES[:1] if key == 256 else DTYPES:
-        assert_accurate(make_inputs(200, key, value, dtype=dtype))
+        for num_tokens in (200, 900):  # states walked, and scanned
+            assert_accurate(make_inputs(num_tokens, key, value, dtype=dtype))
 
 
 @gpu

@@ -331,9 +331,7 @@ class Pass:
         constants = constants_of(self.widths, name, **self.more, **more)
         last = kernel is gradient_kernel
         blocks = 1 if last else ceil_div(constants['V'], constants['BV'])
-        length = run_length(
-            'gradient' if name == 'dv' else name, n, batch * heads * blocks, self.tensors[0].device
-        )
+        length = run_length(self.widths, name, n, batch * heads * blocks, self.tensors[0].device)
         launch(
             kernel, self.key, (ceil_div(n, length), heads * blocks, batch),
             (*(self.tensors[i] for i in which), self.state, self.sums, *self.tables[: 3 if last else 1],

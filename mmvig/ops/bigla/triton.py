@@ -92,6 +92,9 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     return {
         'NC': chunks,
         'share': state_bytes / (chunk_bytes * chunks),
+        # Programs that each multiprocessor should get before any takes a second chunk, and the most chunks
+        # of one, where that is not 8.
+        'runs': {'states': (8, 4), 'output': (4, 8)} if block_k == 16 else {},
         'state_dtype': state_dtype,
         'states': {**blocks, 'BT': block_t // parts, 'PARTS': parts, 'PAIR_MODE': mode, **warps['states']},
         'back_states': {**back, 'PARTS': 1, 'PAIR_MODE': pair_mode, **warps['back_states']},
@@ -120,9 +123,6 @@ if INTERPRETED:
     SCANS = {float('inf'): {'BW': 2, 'BR': 2, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1}}
 # Chunks that a program looks through for those that need the form for strong gates.
 GROUP = 32
-# By kernel: programs that each multiprocessor should get before any takes a second chunk, and the most
-# chunks of one.
-RUNS = {'states': (8, 4), 'back_states': (8, 8), 'output': (4, 8), 'gradient': (8, 8)}
 # Tokens of the longest sequences whose states are walked; the number of sequences must not decide, as
 # the rounding of states differs and an image's result would depend on its batch.
 MAX_WALK = 32 if INTERPRETED else 800
@@ -149,9 +149,9 @@ def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=4096)
-def run_length(name: str, n: int, sequences: int, device: torch.device) -> int:
+def run_length(widths: tuple, name: str, n: int, sequences: int, device: torch.device) -> int:
     """How many of a sequence's n chunks or segments a program takes, if programs are to fill the device."""
-    fill, most = RUNS[name]
+    fill, most = plan(*widths)['runs'].get(name, (8, 8))
     runs = ceil_div(n, max(1, min(most, n * sequences // (fill * multiprocessors(device)))))
     return ceil_div(n, runs)
 
@@ -228,7 +228,7 @@ def make_states(
         return
     constants = constants_of(*widths, name, UNIT=unit, SAME=same, NC=chunks, BACKWARD=kinds == 4)
     blocks_v = ceil_div(value_dim, constants['BV'])
-    run = run_length(name, num_segments, batch * heads * blocks_v, state.device)
+    run = run_length(widths, name, num_segments, batch * heads * blocks_v, state.device)
     launch(
         kernels.states_kernel, key, (ceil_div(num_segments, run), heads * blocks_v, batch),
         (*inputs, state, sums, tables(state.device, constants['BT'])[0], num_tokens, heads, n_states,
@@ -260,7 +260,7 @@ def mild_then_strong(kernel, key, num_chunks, parts, arguments, common, widths, 
     mild = constants_of(*widths, name, STRONG=False, GROUP=1, **more)
     exact = mild['MODE'] == 'tf32x3'
     if not exact:
-        run = run_length(name, num_chunks, heads * blocks_v * batch, arguments[0].device)
+        run = run_length(widths, name, num_chunks, heads * blocks_v * batch, arguments[0].device)
         grid = ceil_div(num_chunks, run), heads * blocks_v, batch
         launch(kernel, key, grid, (*arguments, run, *common), mild)
     group = 1 if exact else GROUP
