@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import DTYPES, copy_bandwidth, kernel_time, machine_name, parse_shape
+from common import DTYPES, copy_bandwidth, kernel_time, machine_name, parse_shape, release
 from torch import Tensor
 
 from mmvig.ops import bigla
@@ -102,6 +102,7 @@ def peak_memory(function: Callable[[], object], device: str) -> int | None:
     if device != 'cuda':
         return None
     function()
+    release(device)  # what is collected during the call would count as less memory of it
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
