@@ -855,14 +855,14 @@ def direction_gradients(
 ):  # fmt: skip
     """Add one direction's part to dq and dk [BT, BK], and write its gate's gradient.
 
-    da[t, s] = do_t . v_s, in two terms, da and da_low, and its transpose; STRONG: in one. v, do:
-    their first BV columns. g: the gate's logits [BT, BK]. u: the log2 decays [BT, BK], STRONG: of each
-    token, else from the chunk's middle. half: the decay over half the chunk, not used if STRONG. mask_q,
-    mask_k: the pairs of each query, of each key. AGAIN: g, u and the masks are loaded or made anew. A pair
-    (t, s) adds
-    p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two: summed up as running
-    sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the pairs from outside it.
-    Each p enters twice, from the same rounded factors, so that what must cancel does.
+    da[t, s] = do_t . v_s, in two terms, da and da_low, and its transpose; STRONG: in one. v, do: their
+    first BV columns. g: the gate's logits [BT, BK]. u: the log2 decays [BT, BK], STRONG: of each token,
+    else from the chunk's middle. half: the decay over half the chunk, not used if STRONG. mask_q, mask_k:
+    the pairs of each query, of each key. AGAIN: g, u and the masks are loaded or made anew.
+
+    A pair (t, s) adds p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two:
+    summed up as running sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the
+    pairs from outside it. Each p enters twice, from the same rounded factors, so what must cancel does.
     """
     xq = tl.zeros((BT, BK), tl.float32)
     xk = tl.zeros((BT, BK), tl.float32)
