@@ -26,6 +26,9 @@ UPSTREAM_SELECT := not (test_compat and (weights_only or other_attribute)) \
 # Threads that wait yield their core: spinning ones cost a busy machine five times the time.
 export OMP_WAIT_POLICY := PASSIVE
 
+# Modules are compiled once, not by every process that imports PyTorch: 5 instead of 12 seconds each.
+export PYTHONDONTWRITEBYTECODE :=
+
 # One thread per worker: two workers fill the two cores that the suite is meant for.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
