@@ -299,6 +299,14 @@ def test_kernels_fit_other_gpus(capability):
     assert len(shared) == 27 and max(shared) <= 1024, done.stdout
 
 
+def test_what_the_sanitizer_runs_starts_by_itself():
+    """Without pytest, which finds modules that a script does not."""
+    script = os.path.join(os.path.dirname(__file__), 'sanitize.py')
+    done = subprocess.run([sys.executable, script, 'nothing'], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown job nothing, choose from ['bigla', 'fused']" in done.stderr
+
+
 # On a GPU from here on.
 
 
