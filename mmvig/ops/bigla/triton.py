@@ -55,14 +55,13 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     pair_mode = 'tf32x3' if dtype == torch.float32 else 'tf32'
     # Warps, stages of loads, and the most registers of each kernel.
     if block_k == 16:
-        wide = block_v > 32
         warps = {
-            'states': (1, 2) if wide or mode == 'tf32x3' else (1, 2, 160),
+            'states': (1, 2) if mode == 'tf32x3' else (1, 2, 160),
             'back_states': (1, 3),
-            'walk': (1, 3) if mode == 'tf32' else (2, 3, 128 if mode == 'bf16' and not wide else None),
+            'walk': (1, 3) if mode == 'tf32' else (2, 3, 128 if mode == 'bf16' else None),
             'back_walk': (2, 3),
             'short_back_walk': (2, 3) if mode == 'tf32x3' else (1, 2, 128),
-            'output': (2, 2) if wide else (4, 3, 168) if mode == 'bf16' else (4, 1, 168),
+            'output': (2, 2) if block_v > 32 else (4, 3, 168) if mode == 'bf16' else (4, 1, 168),
             'gradient': (2, 3) if mode == 'bf16' else (2, 2),
         }
     elif block_k == 32:
