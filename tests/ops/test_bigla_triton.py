@@ -189,6 +189,16 @@ def test_halves_of_a_batch_give_the_same_bits(monkeypatch):
     assert torch.equal(bigla(*inputs, backend='triton'), whole) and batches == [3, 2, 1]
 
 
+def test_states_wait_in_the_output(monkeypatch):
+    """Of sequences that are walked; chunks with strong gates find theirs when the others have theirs."""
+    monkeypatch.setattr(backend, 'MAX_WALK', 80)
+    q, k, v, *gates = make_inputs(68, heads=2, gates='mixed', dtype=torch.bfloat16)
+    ordinary = make_inputs(68, heads=2, dtype=torch.bfloat16)[3:]
+    of_strong = (torch.arange(68) >= 40)[:, None, None].to(DEVICE)
+    gates = [torch.where(of_strong, g, other) for g, other in zip(gates, ordinary, strict=True)]
+    assert_accurate((q, k, v, *gates))
+
+
 def test_nan_stays_in_its_head():
     clean = run(make_inputs(20, heads=2, dtype=torch.bfloat16), 'triton')
     for which in (1, 3):  # a key and a gate
@@ -432,10 +442,10 @@ def test_more_elements_than_32_bits_count():
 
 
 @gpu
-@pytest.mark.parametrize('tokens, key', [(60800, 16), (65536, 32)])
-def test_forward_takes_little_memory(tokens, key):
-    qkv = torch.randn(2, tokens, 12 * key, device='cuda', dtype=torch.bfloat16)
-    gates = torch.randn(2, tokens, 6 * key, device='cuda', dtype=torch.bfloat16)
+@pytest.mark.parametrize('batch, tokens, key', [(2, 60800, 16), (2, 65536, 32), (128, 784, 16)])
+def test_forward_takes_little_memory(batch, tokens, key):
+    qkv = torch.randn(batch, tokens, 12 * key, device='cuda', dtype=torch.bfloat16)
+    gates = torch.randn(batch, tokens, 6 * key, device='cuda', dtype=torch.bfloat16)
     bigla_packed(qkv, gates, 3)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

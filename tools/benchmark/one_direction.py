@@ -19,6 +19,7 @@ from mmvig.ops.bigla.kernels import (
     AFTER,
     BALANCED,
     UP_TO,
+    add_tokens,
     direction_gradients,
     exp2_minus,
     load_gates,
@@ -28,6 +29,7 @@ from mmvig.ops.bigla.kernels import (
     load_tile,
     nudged,
     pairs,
+    place_of,
     product,
     shuffled,
     split,
@@ -37,6 +39,7 @@ from mmvig.ops.bigla.kernels import (
     store_tile,
     tf32_ready,
     tile_sum,
+    whole_sum,
 )
 from mmvig.ops.bigla.triton import (
     address,
@@ -60,7 +63,7 @@ def states_kernel(
     inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, NC: tl.constexpr,
-    BACKWARD: tl.constexpr,
+    BACKWARD: tl.constexpr, ONE_WARP: tl.constexpr,
 ):  # fmt: skip
     """What each segment alone adds to the states that leave it; each chunk's sums of log2 decays.
 
@@ -83,7 +86,6 @@ def states_kernel(
     p_g += (i_b * s_gb + i_h * s_gh) * UNIT
     p_o += (i_b * s_ob + i_h * s_oh) * UNIT
     p_sum += i_bh * n_chunks * K
-    row = tl.arange(0, BT)[:, None]
     nothing = tl.zeros((BK, BV), tl.float32)
     after = load_table(p_table, AFTER, BT)
     if BACKWARD:
@@ -97,29 +99,26 @@ def states_kernel(
         v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
         k = tf32_ready(k, PAIR_MODE)
         ld *= inv
-        c = tile_sum(after, ld, MODE)
+        total = whole_sum(ld, MODE)
         if i_v == 0:  # noqa: SIM102  the two do not combine: Triton has no lazy `and`
             if i_c < n_chunks:
-                store_sum(p_sum, c, i_c, BT - 1, K, BT, BK)
+                store_sum(p_sum, total, i_c, K, BK)
                 if BACKWARD:  # scan_kernel reads the sums of its second state there
-                    store_sum(p_sum, c, every + i_c, BT - 1, K, BT, BK)
-        k *= tl.exp2(tl.where(row == BT - 1, 0.0, c))  # decay from the token to the chunk's end
-        if NC == 1:
-            s0 = product(tl.trans(k), v, nothing, PAIR_MODE)
-        else:
-            s0 = tl.where(i_c % NC == 0, 0.0, s0)
-            over = tl.exp2(tl.sum(tl.where(row == BT - 1, c, 0.0), 0))
-            s0 = product(tl.trans(k), v, over[:, None] * s0, PAIR_MODE)
+                    store_sum(p_sum, total, every + i_c, K, BK)
+        s0 = tl.where(i_c % NC == 0, 0.0, s0)  # a segment
+        if NC > 1:
+            s0 *= tl.exp2(total)[:, None]
+        s0 = add_tokens(k, v, ld, after, s0, MODE, PAIR_MODE, ONE_WARP)
         if BACKWARD:
             q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-            q = tf32_ready(q * scale, PAIR_MODE) * tl.exp2(tile_sum(up_to, ld, MODE))
+            q = tf32_ready(q * scale, PAIR_MODE)
             do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
-            s1 = product(tl.trans(q), do, nothing, PAIR_MODE)
+            s1 = add_tokens(q, do, ld, up_to, nothing, MODE, PAIR_MODE, ONE_WARP)
         if i_c % NC == NC - 1:
             i_state = i_bh * n_segments + i_c // NC
-            store_state(p_state, s0, i_state, i_v, K, V, BK, BV)
+            store_state(place_of(p_state, i_state, K, V), s0, i_v, K, V, BK, BV)
             if BACKWARD:
-                store_state(p_state, s1, n_states + i_state, i_v, K, V, BK, BV)
+                store_state(place_of(p_state, n_states + i_state, K, V), s1, i_v, K, V, BK, BV)
 
 
 @triton.jit(do_not_specialize=INTS)
@@ -163,9 +162,11 @@ def output_kernel(
             i_state = i_bh * n_segments + i_s
             if SWAP:
                 there = i_s < n_segments - 1
-                state = load_state(p_state, n_states + i_state + 1, there, i_v, K, V, BK, BV, SHUFFLE)
+                place = place_of(p_state, n_states + i_state + 1, K, V)
             else:
-                state = load_state(p_state, i_state - 1, i_s > 0, i_v, K, V, BK, BV, SHUFFLE)
+                there = i_s > 0
+                place = place_of(p_state, i_state - 1, K, V)
+            state = load_state(place, there, i_v, K, V, BK, BV, SHUFFLE)
             half = load_half_decay(p_sum, i_c, K, BK, SHUFFLE)
         ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
         q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)

@@ -25,8 +25,8 @@ SPAN = tl.constexpr(180.0)
 # Numbers of the tables [BT, BT] that sum a tile over tokens, as table @ tile.
 BALANCED = tl.constexpr(0)  # +1/2 up to the row's token, -1/2 after it
 UP_TO = tl.constexpr(1)  # 1 up to the row's token
-AFTER = tl.constexpr(2)  # 1 after the row's token; in the last row, where that is nothing, everywhere
-BEFORE = tl.constexpr(3)  # 1 before the row's token; in the first row, where that is nothing, everywhere
+AFTER = tl.constexpr(2)  # 1 after the row's token
+BEFORE = tl.constexpr(3)  # 1 before the row's token
 FROM = tl.constexpr(4)  # 1 from the row's token on
 
 
@@ -196,11 +196,45 @@ def tile_sum(table, x, MODE: tl.constexpr):
 
 
 @triton.jit
+def tile_sum_transposed(table, x, MODE: tl.constexpr):
+    """trans(table @ x): [BK, BT] for a table [BT, BT]."""
+    x = tl.trans(x)
+    table = tl.trans(table)
+    if MODE == 'tf32x3':
+        return tl.dot(x, table.to(tl.float32), input_precision='tf32x3')
+    else:
+        high = x.to(tl.float16)
+        c = tl.dot(high, table)
+        if MODE == 'tf32':
+            c = tl.dot((x - high.to(tl.float32)).to(tl.float16), table, c)
+        return c
+
+
+@triton.jit
 def whole_sum(x, MODE: tl.constexpr):
-    """Sum log2 decays x [BT, BK] over all tokens, rounded as tile_sum rounds them."""
-    if MODE == 'bf16':
-        x = x.to(tl.float16).to(tl.float32)
-    return tl.sum(x, 0)
+    """Sum log2 decays x [BT, BK] over all tokens as tile_sum does: [BK].
+
+    By a product, which leaves it where the rows of a state [BK, BV] are; all 8 columns, the fewest that
+    there can be, are the same.
+    """
+    ones = tl.full((8, x.shape[0]), 1.0, tl.float16)
+    return tl.sum(tile_sum_transposed(ones, x, MODE), 1) / 8
+
+
+@triton.jit
+def add_tokens(
+    x, y, ld, table, state, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, ONE_WARP: tl.constexpr
+):  # fmt: skip
+    """State [BK, BV] + sum over tokens of decayed x [BT, BK] times y [BT, BV]; the decays: 2^(table @ ld).
+
+    ONE_WARP: the decays are made transposed, so that the factor of the product is already where it must
+    be; with several warps it has to go through shared memory either way.
+    """
+    if ONE_WARP:
+        x = tl.trans(x) * tl.exp2(tile_sum_transposed(table, ld, MODE))
+    else:
+        x = tl.trans(x * tl.exp2(tile_sum(table, ld, MODE)))
+    return product(x, y, state, PAIR_MODE)
 
 
 @triton.jit
@@ -236,14 +270,15 @@ def load_tile(
 
 @triton.jit
 def store_tile(
-    p, x, i_c, i_d, N, s_n, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr
-):
-    """Write [BT, BD] as chunk i_c, columns i_d * BD on, of a [N, D] matrix, in its dtype."""
+    p, x, i_c, i_d, N, s_n, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
+    wanted=True,
+):  # fmt: skip
+    """Write [BT, BD] as chunk i_c, columns i_d * BD on, of a [N, D] matrix, in its dtype, if `wanted`."""
     o_t = tl.arange(0, BT)[:, None]
     o_d = i_d * BD + tl.arange(0, BD)[None, :]
     s_n *= UNIT
     p += s_n.to(tl.int64) * (i_c * BT)
-    mask = i_c * BT + o_t < N
+    mask = (i_c * BT + o_t < N) & wanted
     if D % BD != 0:
         mask &= o_d < D
     tl.store(p + (o_t * s_n + o_d), x.to(p.dtype.element_ty), mask=mask)
@@ -269,39 +304,80 @@ def channels(BK: tl.constexpr, SHUFFLE: tl.constexpr):
 
 
 @triton.jit
-def load_state(p, i, there, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SHUFFLE: tl.constexpr,
-):  # fmt: skip
-    """State number i, columns i_v * BV on, as float32 [BK, BV]; zeros unless `there`."""
-    o_k = channels(BK, SHUFFLE)
-    o_v = i_v * BV + tl.arange(0, BV)
-    off = i.to(tl.int64) * (K * V) + (o_k[:, None] * V + o_v[None, :])
-    mask = (o_k < K)[:, None] & (o_v < V)[None, :] & there
-    return tl.load(p + off, mask=mask, other=0.0).to(tl.float32)
+def place_of(p_state, i, K: tl.constexpr, V: tl.constexpr):
+    """Where state number i begins, and from a row of it to the next."""
+    return p_state + i.to(tl.int64) * (K * V), V
 
 
 @triton.jit
-def store_state(p, x, i, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Write state number i, columns i_v * BV on."""
+def place_in_output(
+    p_o, p_last, i_bh, i_c, i_z, n_chunks, s_on, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The same for what enters chunk i_c, forward (i_z = 0) or backward: in the chunk's rows of the output.
+
+    Those are written when the state has been read, by the same program. The last chunk may have too few
+    rows: p_last [sequences, K, V] holds the only state that enters it.
+    """
+    s_n = s_on * UNIT
+    last = i_c == n_chunks - 1
+    p = p_o + (i_c * BT + i_z * K).to(tl.int64) * s_n
+    return tl.where(last, p_last + i_bh.to(tl.int64) * (K * V), p), tl.where(last, V, s_n)
+
+
+@triton.jit
+def load_state(place, there, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+):  # fmt: skip
+    """The state in a place, columns i_v * BV on, as float32 [BK, BV]; zeros unless `there`."""
+    p, s_k = place
+    o_k = channels(BK, SHUFFLE)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    mask = (o_k < K) & (o_v < V) & there
+    return tl.load(p + (o_k * s_k + o_v), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_state(place, x, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Write the state in a place, columns i_v * BV on."""
+    p, s_k = place
     o_k = tl.arange(0, BK)[:, None]
     o_v = i_v * BV + tl.arange(0, BV)[None, :]
-    off = i.to(tl.int64) * (K * V) + (o_k * V + o_v)
-    tl.store(p + off, x.to(p.dtype.element_ty), mask=(o_k < K) & (o_v < V))
+    tl.store(p + (o_k * s_k + o_v), x.to(p.dtype.element_ty), mask=(o_k < K) & (o_v < V))
+
+
+@triton.jit
+def load_sum(p_sum, i, K: tl.constexpr, BK: tl.constexpr, SHUFFLE: tl.constexpr = False):
+    """The sum of log2 decays over chunk i, [BK]."""
+    o_k = channels(BK, SHUFFLE)
+    return tl.load(p_sum + i * K + o_k, mask=o_k < K, other=0.0)
 
 
 @triton.jit
 def load_half_decay(p_sum, i, K: tl.constexpr, BK: tl.constexpr, SHUFFLE: tl.constexpr = False):
     """2^(half the sum of log2 decays over chunk i), [BK]."""
-    o_k = channels(BK, SHUFFLE)
-    return tl.exp2(0.5 * tl.load(p_sum + i * K + o_k, mask=o_k < K, other=0.0))
+    return tl.exp2(0.5 * load_sum(p_sum, i, K, BK, SHUFFLE))
 
 
 @triton.jit
-def store_sum(p_sum, x, i, row: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+def store_sum(p_sum, x, i, K: tl.constexpr, BK: tl.constexpr):
+    """Write x [BK] as the sum of log2 decays over chunk i."""
+    o_k = tl.arange(0, BK)
+    tl.store(p_sum + i * K + o_k, x, mask=o_k < K)
+
+
+@triton.jit
+def store_row(p_sum, x, i, row: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
     """Write a row of x [BT, BK] as the sum of log2 decays over chunk i."""
     o_t = tl.arange(0, BT)[:, None]
     o_k = tl.arange(0, BK)[None, :]
     tl.store(p_sum + i * K + (0 * o_t + o_k), x, mask=(o_t == row) & (o_k < K))
+
+
+@triton.jit
+def is_strong(sum_f, sum_b):
+    """Whether one of these sums of log2 decays, of either direction, needs the form for strong gates."""
+    return tl.min(tl.minimum(sum_f, sum_b)) < -SPAN
 
 
 @triton.jit
@@ -311,10 +387,8 @@ def any_strong(p_sum, i, n, n_sums, K: tl.constexpr, BK: tl.constexpr, COUNT: tl
     o_c = tl.arange(0, COUNT)[:, None]
     p_sum += (i + o_c) * K + o_k
     mask = (o_c < n) & (o_k < K)
-    both = tl.minimum(
-        tl.load(p_sum, mask=mask, other=0.0), tl.load(p_sum + n_sums * K, mask=mask, other=0.0)
-    )
-    return tl.min(both) < -SPAN
+    sum_b = tl.load(p_sum + n_sums * K, mask=mask, other=0.0)
+    return is_strong(tl.load(p_sum, mask=mask, other=0.0), sum_b)
 
 
 @triton.jit
@@ -362,7 +436,7 @@ def states_kernel(
     s_oh, CH, scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, NC: tl.constexpr,
-    BACKWARD: tl.constexpr, PARTS: tl.constexpr,
+    BACKWARD: tl.constexpr, PARTS: tl.constexpr, ONE_WARP: tl.constexpr,
 ):  # fmt: skip
     """What each segment alone adds to the states that leave it; each chunk's sums of log2 decays.
 
@@ -387,7 +461,6 @@ def states_kernel(
     p_b = at(p_b, i_b, i_h, s_bb, s_bh, UNIT)
     p_o = at(p_o, i_b, i_h, s_ob, s_oh, UNIT)
     p_sum += i_bh * n_chunks * K
-    row = tl.arange(0, BT)[:, None]
     nothing = tl.zeros((BK, BV), tl.float32)
     after = load_table(p_table, AFTER, BT)
     before = load_table(p_table, BEFORE, BT)
@@ -402,7 +475,6 @@ def states_kernel(
     decay_b = tl.full((BK,), 1.0, tl.float32)
     sum_f = tl.zeros((BK,), tl.float32)
     sum_b = tl.zeros((BK,), tl.float32)
-    o_k = tl.arange(0, BK)
     first = tl.program_id(0) * CH
     # One loop over the tiles of all segments, as only loads of an innermost loop are under way ahead.
     for i_t in range(first * TILES, tl.minimum(first + CH, n_segments) * TILES):
@@ -413,62 +485,49 @@ def states_kernel(
         k = tf32_ready(k, PAIR_MODE)
         lf *= inv
         lb *= inv
-        cf = tile_sum(after, lf, MODE)
-        cb = tile_sum(before, lb, MODE)
+        total_f = whole_sum(lf, MODE)
+        total_b = whole_sum(lb, MODE)
+        sum_f += total_f
+        sum_b += total_b
         i_c = i_t // PARTS
+        if i_t % PARTS == PARTS - 1:
+            if (i_v == 0) & (i_c < n_chunks):
+                store_sum(p_sum, sum_f, i_c, K, BK)
+                store_sum(p_sum, sum_b, n_sums + i_c, K, BK)
+            sum_f = tl.zeros((BK,), tl.float32)
+            sum_b = tl.zeros((BK,), tl.float32)
+        over_f = tl.exp2(total_f)
+        over_b = tl.exp2(total_b)
         if TILES > 1:
-            total_f = tl.sum(tl.where(row == BT - 1, cf, 0.0), 0)
-            total_b = tl.sum(tl.where(row == 0, cb, 0.0), 0)
-        if PARTS > 1:
-            sum_f = tl.where(i_t % PARTS == 0, 0.0, sum_f) + total_f
-            sum_b = tl.where(i_t % PARTS == 0, 0.0, sum_b) + total_b
-        if i_v == 0:  # noqa: SIM102  the two do not combine: Triton has no lazy `and`
-            if i_c < n_chunks:
-                if PARTS == 1:
-                    store_sum(p_sum, cf, i_c, BT - 1, K, BT, BK)
-                    store_sum(p_sum, cb, n_sums + i_c, 0, K, BT, BK)
-                elif i_t % PARTS == PARTS - 1:
-                    tl.store(p_sum + i_c * K + o_k, sum_f, mask=o_k < K)
-                    tl.store(p_sum + (n_sums + i_c) * K + o_k, sum_b, mask=o_k < K)
-        kf = k * tl.exp2(tl.where(row == BT - 1, 0.0, cf))  # decay from the token to the chunk's end
-        kb = k * tl.exp2(tl.where(row == 0, 0.0, cb))
-        if TILES == 1:
-            s0 = product(tl.trans(kf), v, nothing, PAIR_MODE)  # [BK, BT] @ [BT, BV]
-            s1 = product(tl.trans(kb), v, nothing, PAIR_MODE)
-        else:
-            new = i_t % TILES == 0  # a segment; nothing of the last one may be left, were it NaN
-            s0 = tl.where(new, 0.0, s0)
-            s1 = tl.where(new, 0.0, s1)
-            decay_b = tl.where(new, 1.0, decay_b)
-            over_f = tl.exp2(total_f)
-            over_b = tl.exp2(total_b)
-            s0 = product(tl.trans(kf), v, over_f[:, None] * s0, PAIR_MODE)
-            s1 += decay_b[:, None] * product(tl.trans(kb), v, nothing, PAIR_MODE)
+            s0 *= over_f[:, None]
+        s0 = add_tokens(k, v, lf, after, s0, MODE, PAIR_MODE, ONE_WARP)
+        own = add_tokens(k, v, lb, before, nothing, MODE, PAIR_MODE, ONE_WARP)
+        s1 += decay_b[:, None] * own
         if BACKWARD:
             q = load_tile(p_q, i_t, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
             q = tf32_ready(q * scale, PAIR_MODE)
             do = load_tile(p_o, i_t, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
-            qf = q * tl.exp2(tile_sum(up_to, lf, MODE))
-            qb = q * tl.exp2(tile_sum(tl.trans(up_to), lb, MODE))
-            if TILES == 1:
-                s2 = product(tl.trans(qf), do, nothing, PAIR_MODE)
-                s3 = product(tl.trans(qb), do, nothing, PAIR_MODE)
-            else:
-                s2 = tl.where(new, 0.0, s2)
-                s3 = tl.where(new, 0.0, s3)
-                decay_f = tl.where(new, 1.0, decay_f)
-                s2 += decay_f[:, None] * product(tl.trans(qf), do, nothing, PAIR_MODE)
-                s3 = product(tl.trans(qb), do, over_b[:, None] * s3, PAIR_MODE)
-                decay_f *= over_f
-        if TILES > 1:
-            decay_b *= over_b
+            own = add_tokens(q, do, lf, up_to, nothing, MODE, PAIR_MODE, ONE_WARP)
+            s2 += decay_f[:, None] * own
+            decay_f *= over_f
+            if TILES > 1:
+                s3 *= over_b[:, None]
+            s3 = add_tokens(q, do, lb, tl.trans(up_to), s3, MODE, PAIR_MODE, ONE_WARP)
+        decay_b *= over_b
         if i_t % TILES == TILES - 1:
             i_state = i_bh * n_segments + i_t // TILES
-            store_state(p_state, s0, i_state, i_v, K, V, BK, BV)
-            store_state(p_state, s1, n_states + i_state, i_v, K, V, BK, BV)
+            store_state(place_of(p_state, i_state, K, V), s0, i_v, K, V, BK, BV)
+            store_state(place_of(p_state, n_states + i_state, K, V), s1, i_v, K, V, BK, BV)
             if BACKWARD:
-                store_state(p_state, s2, n_states * 2 + i_state, i_v, K, V, BK, BV)
-                store_state(p_state, s3, n_states * 3 + i_state, i_v, K, V, BK, BV)
+                store_state(place_of(p_state, n_states * 2 + i_state, K, V), s2, i_v, K, V, BK, BV)
+                store_state(place_of(p_state, n_states * 3 + i_state, K, V), s3, i_v, K, V, BK, BV)
+            # Nothing of this segment may be left in the next, were it NaN.
+            s0 = nothing
+            s1 = nothing
+            s2 = nothing
+            s3 = nothing
+            decay_f = tl.full((BK,), 1.0, tl.float32)
+            decay_b = tl.full((BK,), 1.0, tl.float32)
 
 
 @triton.jit(do_not_specialize=INTS)
@@ -478,10 +537,12 @@ def walk_kernel(
     s_oh, scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr,
+    ONE_WARP: tl.constexpr, IN_OUTPUT: tl.constexpr,
 ):  # fmt: skip
     """What states_kernel and scan_kernel do, for short sequences and NC = 1.
 
     A program walks along a sequence and carries one of its states, so that nothing is left to scan.
+    IN_OUTPUT: p_o is the output, whose memory takes the states until it is written; p_state the last ones.
     """
     if SAME:
         s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
@@ -514,27 +575,31 @@ def walk_kernel(
     table = load_table(p_table + i_table * BT * BT, 0, BT)
     p_sum += (i_z % 2 * n_sums + i_bh * n_chunks) * K
     i_state = i_z * n_states.to(tl.int64) + i_bh * n_chunks
-    o_k = tl.arange(0, BK)
-    row = tl.arange(0, BT)[:, None]
-    whole = row == tl.where(i_z % 2 == 0, BT - 1, 0)  # where the table has all tokens
     factor = tl.where(of_keys, 1.0, scale)
     state = tl.zeros((BK, BV), tl.float32)
     for i in range(n_chunks - 1):
         i_c = tl.where(reverse, n_chunks - 1 - i, i)
         ld, _ = load_gates(p_g, i_c, N, s_g, K, BT, BK, UNIT, MODE)
-        c = tile_sum(table, ld * inv, MODE)
-        total = tl.sum(tl.where(whole, c, 0.0), 0)
+        ld *= inv
+        total = whole_sum(ld, MODE)
         x = load_tile(p_x, i_c, 0, N, s_x, 0.0, K, BT, BK, UNIT).to(tl.float32)
         y = load_tile(p_y, i_c, i_v, N, s_y, 0.0, V, BT, BV, UNIT)
         if of_keys & (i_v == 0):
-            tl.store(p_sum + i_c * K + o_k, total, mask=o_k < K)
-        x = tf32_ready(x * factor, PAIR_MODE) * tl.exp2(tl.where(whole & of_keys, 0.0, c))
-        state = product(tl.trans(x), y, tl.exp2(total)[:, None] * state, PAIR_MODE)
-        store_state(p_state, state, i_state + i_c, i_v, K, V, BK, BV)
+            store_sum(p_sum, total, i_c, K, BK)
+        x = tf32_ready(x * factor, PAIR_MODE)
+        state *= tl.exp2(total)[:, None]
+        state = add_tokens(x, y, ld, table, state, MODE, PAIR_MODE, ONE_WARP)
+        if IN_OUTPUT:
+            o_at = at(p_o, i_b, i_h, s_ob, s_oh, UNIT)
+            enters = tl.where(reverse, i_c - 1, i_c + 1)
+            place = place_in_output(o_at, p_state, i_bh, enters, i_z, n_chunks, s_on, K, V, BT, UNIT)
+        else:
+            place = place_of(p_state, i_state + i_c, K, V)
+        store_state(place, state, i_v, K, V, BK, BV)
     if of_keys & (i_v == 0):  # what leaves the last chunk enters none
         i_c = tl.where(reverse, 0, n_chunks - 1)
         last, _ = load_gates(p_g, i_c, N, s_g, K, BT, BK, UNIT, MODE)
-        tl.store(p_sum + i_c * K + o_k, whole_sum(last * inv, MODE), mask=o_k < K)
+        store_sum(p_sum, whole_sum(last * inv, MODE), i_c, K, BK)
 
 
 @triton.jit
@@ -651,11 +716,24 @@ def pairs(x, y, MODE: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def directions(af, ab, BT: tl.constexpr):
-    """Forward pairs (t > s) of af, backward pairs of ab, both on the diagonal; [t, s]."""
+def directions(af, ab, BT: tl.constexpr, MODE: tl.constexpr):
+    """Forward pairs (t > s) of af, backward pairs of ab, both on the diagonal, where they are the same."""
     o = tl.arange(0, BT)
     t, s = o[:, None], o[None, :]
-    return tl.where(t >= s, af, ab) + tl.where(t == s, ab, 0.0)
+    if MODE == 'bf16' and not INTERPRETED:  # two elements at once: chosen bit by bit, then times 1 or 2
+        past = tl.where(t >= s, -1, 0).to(tl.int16)
+        times = tl.where(t == s, 2.0, 1.0).to(tl.bfloat16)
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 zero;
+            mov.b32 zero, 0x80008000;
+            lop3.b32 $0, $1, $2, $3, 0xca;
+            fma.rn.bf16x2 $0, $0, $4, zero;
+            }""",
+            '=&r,r,r,r,r', [past, af.to(tl.bfloat16), ab.to(tl.bfloat16), times], tl.bfloat16, True, 2,
+        )  # fmt: skip
+    else:
+        return tl.where(t >= s, af, ab) * tl.where(t == s, 2.0, 1.0)
 
 
 @triton.jit
@@ -707,16 +785,15 @@ def state_after(
 ):  # fmt: skip
     """A state [BK, BV] carried over chunk i_c in one direction."""
     ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
-    c = tile_sum(load_table(p_table, BEFORE if BACKWARD else AFTER, BT), ld * inv, MODE)
-    whole = tl.arange(0, BT)[:, None] == (0 if BACKWARD else BT - 1)
+    ld *= inv
     k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-    k = tf32_ready(k * tl.exp2(tl.where(whole, 0.0, c)), MODE)
-    c = tl.where(whole, c, 0.0)
+    v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+    table = load_table(p_table, BEFORE if BACKWARD else AFTER, BT)
+    k = tf32_ready(k * tl.exp2(tile_sum(table, ld, MODE)), MODE)
     if SHUFFLE:
         k = shuffled(k)
-        c = shuffled(c)
-    v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
-    return product(tl.trans(k), v, tl.exp2(tl.sum(c, 0))[:, None] * state, MODE)
+        ld = shuffled(ld)
+    return product(tl.trans(k), v, tl.exp2(whole_sum(ld, MODE))[:, None] * state, MODE)
 
 
 @triton.jit
@@ -769,12 +846,13 @@ def output_kernel(
     s_oh, CH, scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, NC: tl.constexpr,
-    ALONE: tl.constexpr, STRONG: tl.constexpr, GROUP: tl.constexpr,
+    ALONE: tl.constexpr, IN_OUTPUT: tl.constexpr, STRONG: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """o_t = the pairs within t's chunk + q_t decayed to the chunk's ends . the two states that enter it.
 
     NC > 1: the states that enter the segment are carried on to the chunk. ALONE: each sequence is one
-    chunk, which no state enters, and p_sum is written here. STRONG: for any gates, and only chunks whose
+    chunk, which no state enters, and p_sum is written here. IN_OUTPUT: as in walk_kernel; what chunks with
+    strong gates need is left there. STRONG: for any gates, and only chunks whose
     gates need it; a program looks through GROUP (and CH) chunks of all sequences, the grid is (groups,
     blocks of V).
     """
@@ -802,30 +880,41 @@ def output_kernel(
             v_at = at(p_v, i_b, i_h, s_vb, s_vh, UNIT)
             f_at = at(p_f, i_b, i_h, s_fb, s_fh, UNIT)
             b_at = at(p_b, i_b, i_h, s_bb, s_bh, UNIT)
+            o_at = at(p_o, i_b, i_h, s_ob, s_oh, UNIT)
             if not ALONE:
                 i_s = i_c // NC
                 i_state = i_bh * n_segments + i_s
                 left = i_s > 0
                 right = i_s < n_segments - 1
-                fwd = load_state(p_state, i_state - 1, left, i_v, K, V, BK, BV, SHUFFLE)
-                bwd = load_state(p_state, n_states + i_state + 1, right, i_v, K, V, BK, BV, SHUFFLE)
+                if IN_OUTPUT:
+                    from_left = place_in_output(o_at, p_state, i_bh, i_c, 0, n_chunks, s_on, K, V, BT, UNIT)
+                    from_right = place_in_output(
+                        o_at, p_state, i_bh, i_c, 1, n_chunks, s_on, K, V, BT, UNIT
+                    )
+                else:
+                    from_left = place_of(p_state, i_state - 1, K, V)
+                    from_right = place_of(p_state, n_states + i_state + 1, K, V)
+                fwd = load_state(from_left, left, i_v, K, V, BK, BV, SHUFFLE)
+                bwd = load_state(from_right, right, i_v, K, V, BK, BV, SHUFFLE)
                 if not STRONG:
-                    half_f = load_half_decay(p_sum, i, K, BK, SHUFFLE)
-                    half_b = load_half_decay(p_sum, n_sums + i, K, BK, SHUFFLE)
+                    sum_f = load_sum(p_sum, i, K, BK, SHUFFLE)
+                    sum_b = load_sum(p_sum, n_sums + i, K, BK, SHUFFLE)
             lf, _ = load_gates(f_at, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
             lb, _ = load_gates(b_at, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
             q = load_tile(q_at, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
             k = load_tile(k_at, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
             v = load_tile(v_at, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+            lf *= inv
+            lb *= inv
             a, ab, qf, qb, uf, ub = chunk_pairs(
-                q * scale, k, lf * inv, lb * inv, table, BT, MODE, PAIR_MODE, False, STRONG
+                q * scale, k, lf, lb, table, BT, MODE, PAIR_MODE, False, STRONG
             )
             if not STRONG:
-                a = directions(a, ab, BT)
+                a = directions(a, ab, BT, MODE)
             if ALONE and not STRONG:  # noqa: SIM102  the first is known when this is compiled
                 if i_v == 0:
-                    store_sum(p_sum, 2 * uf, i, BT - 1, K, BT, BK)
-                    store_sum(p_sum, 2 * ub, n_sums + i, 0, K, BT, BK)
+                    store_row(p_sum, 2 * uf, i, BT - 1, K, BT, BK)
+                    store_row(p_sum, 2 * ub, n_sums + i, 0, K, BT, BK)
             o = product(tf32_ready(a, MODE), v, tl.zeros((BT, BV), tl.float32), MODE)
             if not ALONE:
                 if NC > 1:
@@ -837,12 +926,14 @@ def output_kernel(
                     fwd = tf32_ready(fwd, PAIR_MODE)
                     bwd = tf32_ready(bwd, PAIR_MODE)
                 else:
-                    fwd *= tf32_ready(half_f, PAIR_MODE)[:, None]
-                    bwd *= tf32_ready(half_b, PAIR_MODE)[:, None]
+                    fwd *= tf32_ready(tl.exp2(0.5 * sum_f), PAIR_MODE)[:, None]
+                    bwd *= tf32_ready(tl.exp2(0.5 * sum_b), PAIR_MODE)[:, None]
                 o = product(qf, fwd, o, PAIR_MODE)
                 o = product(qb, bwd, o, PAIR_MODE)
-            o_at = at(p_o, i_b, i_h, s_ob, s_oh, UNIT)
-            store_tile(o_at, o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
+            mild = True
+            if IN_OUTPUT and not ALONE and not STRONG:
+                mild = not is_strong(sum_f, sum_b)
+            store_tile(o_at, o, i_c, i_v, N, s_on, V, BT, BV, UNIT, mild)
 
 
 @triton.jit
@@ -871,8 +962,8 @@ def direction_gradients(
         if V > BV:
             v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
             do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
-        ask = load_state(p_state, i_ask, there_ask, i_v, K, V, BK, BV, False)
-        key = load_state(p_state, i_key, there_key, i_v, K, V, BK, BV, False)
+        ask = load_state(place_of(p_state, i_ask, K, V), there_ask, i_v, K, V, BK, BV, False)
+        key = load_state(place_of(p_state, i_key, K, V), there_key, i_v, K, V, BK, BV, False)
         across += tl.sum(ask * key, 1)
         xq = product(do, tl.trans(tf32_ready(ask, MODE)), xq, MODE)
         xk = product(v, tl.trans(tf32_ready(key, MODE)), xk, MODE)
@@ -1000,8 +1091,10 @@ def gradient_kernel(
                 da = product(do, tl.trans(v), da, MODE)
                 if not AGAIN:
                     da_t = product(v, tl.trans(do), da_t, MODE)
-                fwd = load_state(p_state, n_states * 2 + i + 1, right, i_v, K, V, BK, BV, SHUFFLE)
-                bwd = load_state(p_state, n_states * 3 + i - 1, left, i_v, K, V, BK, BV, SHUFFLE)
+                from_right = place_of(p_state, n_states * 2 + i + 1, K, V)
+                from_left = place_of(p_state, n_states * 3 + i - 1, K, V)
+                fwd = load_state(from_right, right, i_v, K, V, BK, BV, SHUFFLE)
+                bwd = load_state(from_left, left, i_v, K, V, BK, BV, SHUFFLE)
                 if STRONG:
                     fwd = tf32_ready(fwd, PAIR_MODE)
                     bwd = tf32_ready(bwd, PAIR_MODE)

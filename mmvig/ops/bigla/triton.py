@@ -6,6 +6,7 @@ else.
 """
 
 import functools
+import math
 
 import torch
 import triton
@@ -53,21 +54,27 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
     back = {**blocks, 'BT': min(block_t, 32)}
     parts = 2 if block_k == 16 else 1
     pair_mode = 'tf32x3' if dtype == torch.float32 else 'tf32'
+    of_states = 'states', 'back_states', 'walk', 'back_walk', 'short_back_walk'
+    # States of chunks of 32 tokens, twice as many, are no more memory where they fit into the output's.
+    in_output = mode == 'bf16' and 2 * key_dim <= 32 and block_v <= 32
     # Warps, stages of loads, and the most registers of each kernel.
     if block_k == 16:
         warps = {
             'states': (1, 2) if mode == 'tf32x3' else (1, 2, 160),
-            'back_states': (1, 3),
-            'walk': (1, 3) if mode == 'tf32' else (2, 3, 128 if mode == 'bf16' else None),
+            'back_states': (1, 2),
+            'walk': (1, 2, 168) if in_output else (1, 3) if mode == 'tf32' else (2, 3),
             'back_walk': (2, 3),
             'short_back_walk': (2, 3) if mode == 'tf32x3' else (1, 2, 128),
-            'output': (2, 2) if block_v > 32 else (4, 3, 168) if mode == 'bf16' else (4, 1, 168),
+            'output': (2, 2)
+            if block_v > 32
+            else (4, 1 if mode == 'tf32x3' else 2 if mode == 'tf32' else 3, 168),
+            'walked_output': (2, 3, 168),
             'gradient': (2, 3) if mode == 'bf16' else (2, 2),
         }
     elif block_k == 32:
         warps = {
-            'states': (4, 1),
-            'back_states': (2, 2),
+            'states': (4, 3) if mode == 'bf16' else (4, 1),
+            'back_states': (2, 3) if mode == 'bf16' else (2, 2),
             'walk': (2, 2),
             'back_walk': (2, 2),
             'short_back_walk': (2, 2),
@@ -75,30 +82,37 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
             'gradient': (2, 2) if mode == 'bf16' else (2, 1),
         }
     else:
-        names = 'states', 'back_states', 'walk', 'back_walk', 'short_back_walk', 'output', 'gradient'
-        warps = dict.fromkeys(names, (4, 1))
+        warps = dict.fromkeys((*of_states, 'output', 'gradient'), (4, 1))
+    # How many programs an H200's multiprocessor holds at once, as registers and shared memory allow.
+    programs = {'states': 12, 'back_states': 8, 'output': 3, 'walked_output': 5, 'gradient': 4}
+    if block_k > 16:
+        programs = {'states': 3, 'back_states': 4, 'output': 2, 'gradient': 4}
     warps = {
         name: dict(zip(('num_warps', 'num_stages', 'maxnreg'), numbers, strict=False))
         for name, numbers in warps.items()
     }
+    for name in of_states:
+        warps[name]['ONE_WARP'] = warps[name]['num_warps'] == 1
     both = {
         'output': {**blocks, 'PAIR_MODE': pair_mode, **warps['output']},
         # 32 values at once, as K = 32 is short of registers.
         'gradient': {**back, 'BV': min(block_v, 32), 'PAIR_MODE': pair_mode, **warps['gradient']},
     }
+    walked = {**blocks, 'BT': 32} if in_output else blocks
+    if in_output:
+        both['walked_output'] = {**walked, 'PAIR_MODE': pair_mode, **warps['walked_output']}
     # No stages of loads, as this form hardly waits for any. K = 32: two warps, since with four Triton 3.6
     # makes kernels that read wrong addresses on Hopper.
     strong = {'num_warps': 2 if block_k == 32 else 4, 'num_stages': 1, 'maxnreg': None}
     return {
         'NC': chunks,
         'share': state_bytes / (chunk_bytes * chunks),
-        # Programs that each multiprocessor should get before any takes a second chunk, and the most chunks
-        # of one, where that is not 8.
-        'runs': {'states': (8, 4), 'output': (4, 8)} if block_k == 16 else {},
+        'programs': programs,
+        'in_output': in_output,
         'state_dtype': state_dtype,
         'states': {**blocks, 'BT': block_t // parts, 'PARTS': parts, 'PAIR_MODE': mode, **warps['states']},
         'back_states': {**back, 'PARTS': 1, 'PAIR_MODE': pair_mode, **warps['back_states']},
-        'walk': {**blocks, 'PAIR_MODE': mode, **warps['walk']},
+        'walk': {**walked, 'PAIR_MODE': mode, **warps['walk']},
         'back_walk': {**back, 'PAIR_MODE': pair_mode, **warps['back_walk']},
         'short_back_walk': {**back, 'PAIR_MODE': pair_mode, **warps['short_back_walk']},
         **both,
@@ -121,8 +135,10 @@ SCANS = {
 }
 if INTERPRETED:
     SCANS = {float('inf'): {'BW': 2, 'BR': 2, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1}}
-# Chunks that a program looks through for those that need the form for strong gates.
-GROUP = 32
+# Most segments or chunks of a program, where that is not 64: short programs share the memory better.
+MAX_RUNS = {'states': 4}
+# Sums of chunks, of K channels each, that a program looks through for strong gates.
+GROUP = 2048
 # Tokens of the longest sequences whose states are walked; the number of sequences must not decide, as
 # the rounding of states differs and an image's result would depend on its batch. 784 tokens come in many
 # images of 224 x 224 and are better walked, 950 in few large ones and better scanned.
@@ -141,9 +157,8 @@ def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
     row = torch.arange(block_t, device=device)[:, None]
     column = row.T
     balanced = (column <= row).float() - 0.5
-    after = (column > row) | (row == block_t - 1)
-    before = (column < row) | (row == 0)
-    sums = torch.stack([balanced, column <= row, after, before, column >= row]).to(torch.float16)
+    sums = [balanced, column <= row, column > row, column < row, column >= row]
+    sums = torch.stack(sums).to(torch.float16)
     up_to = (column <= row).to(torch.float32 if INTERPRETED else torch.bfloat16)
     masks = -torch.stack([column <= row, column >= row]).to(torch.int16)
     return sums, up_to, masks
@@ -151,10 +166,19 @@ def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=4096)
 def run_length(widths: tuple, name: str, n: int, sequences: int, device: torch.device) -> int:
-    """How many of a sequence's n chunks or segments a program takes, if programs are to fill the device."""
-    fill, most = plan(*widths)['runs'].get(name, (8, 8))
-    runs = ceil_div(n, max(1, min(most, n * sequences // (fill * multiprocessors(device)))))
-    return ceil_div(n, runs)
+    """How many of a sequence's n chunks or segments a program takes.
+
+    So many that programs start in whole waves of as many as the device holds: a last wave of few programs
+    takes, as measured, half as long as a full one besides its share, and a program as long as 0.3 chunks
+    besides its chunks.
+    """
+    places = plan(*widths)['programs'].get(name, 8) * multiprocessors(device)
+
+    def time(run: int) -> float:
+        waves = ceil_div(n, run) * sequences / places
+        return (run + 0.3) * (waves + math.ceil(waves)) / 2
+
+    return min(range(1, min(n, MAX_RUNS.get(name, 64)) + 1), key=time)
 
 
 def forward(
@@ -185,42 +209,53 @@ def forward(
         for part in zip(*(x.split(most) for x in (q, k, v, gf, gb, o)), strict=True):
             forward(*part[:5], scale, normalizer, part[5], True)
         return
-    block_t = p['output']['BT']
+    # Sequences that are walked have their states in the output's memory.
+    in_output = p['in_output'] and p['output']['BT'] < num_tokens <= MAX_WALK
+    name = 'walked_output' if in_output else 'output'
+    chunks = 1 if in_output else p['NC']
+    block_t = p[name]['BT']
     inputs, unit, strides, same = address((q, k, v, gf, gb, o), block_t)
     common = (scale / 2, 1 / normalizer)
     num_chunks = ceil_div(num_tokens, block_t)
-    num_segments = ceil_div(num_chunks, p['NC'])
-    n_states = batch * heads * num_segments
+    n_states = batch * heads * ceil_div(num_chunks, chunks)
     key = compile_key(v, gf, gb, unit, strides)
     sums = v.new_empty(2, batch * heads * num_chunks, key_dim, dtype=torch.float32)
     # Empty for a single chunk, but of the dtype that kernels are compiled for.
     alone = num_chunks == 1
-    state = v.new_empty(2, 0 if alone else n_states, key_dim, value_dim, dtype=p['state_dtype'])
+    held = batch * heads if in_output else 0 if alone else 2 * n_states
+    state = v.new_empty(held, key_dim, value_dim, dtype=p['state_dtype'])
     widths = key_dim, value_dim, v.dtype
     if not alone:
         make_states(
-            inputs, state, sums, num_chunks, strides, common, key, widths, 'states', unit, same, p['NC']
-        )
+            inputs, state, sums, num_chunks, strides, common, key, widths, 'states', unit, same, chunks,
+            in_output,
+        )  # fmt: skip
     table = tables(v.device, block_t)[0]
     sizes = num_tokens, heads, n_states, batch * heads * num_chunks
     mild_then_strong(
-        kernels.output_kernel, key, num_chunks, (heads, ceil_div(value_dim, p['output']['BV']), batch),
-        (*inputs, state, sums, table, *sizes, *strides), common, widths, 'output',
-        {'UNIT': unit, 'SAME': same, 'NC': p['NC'], 'ALONE': alone},
+        kernels.output_kernel, key, num_chunks, (heads, ceil_div(value_dim, p[name]['BV']), batch),
+        (*inputs, state, sums, table, *sizes, *strides), common, widths, name,
+        {'UNIT': unit, 'SAME': same, 'NC': chunks, 'ALONE': alone, 'IN_OUTPUT': in_output},
     )  # fmt: skip
 
 
 def make_states(
-    inputs, state, sums, num_chunks, strides, common, key, widths, name, unit, same, chunks
+    inputs, state, sums, num_chunks, strides, common, key, widths, name, unit, same, chunks,
+    in_output=False,
 ) -> None:  # fmt: skip
-    """Fill ``state [2 or 4, B * H * segments, K, V]`` with what leaves each segment, and ``sums``."""
-    batch, num_tokens, heads, _ = inputs[0].shape
-    kinds, n_states, key_dim, value_dim = state.shape
-    num_segments = n_states // (batch * heads)
+    """Fill ``state [2 or 4 * B * H * segments, K, V]`` with what leaves each segment, and ``sums``.
+
+    ``in_output``: as in the kernels; ``state`` is [B * H, K, V].
+    """
+    batch, num_tokens, heads, key_dim = inputs[0].shape
+    value_dim = state.shape[-1]
+    kinds = 4 if name == 'back_states' else 2
+    num_segments = ceil_div(num_chunks, chunks)
+    n_states = batch * heads * num_segments
     n_sums = batch * heads * num_chunks
     if chunks == 1 and num_tokens <= MAX_WALK:
         walk = 'walk' if kinds == 2 else 'short_back_walk' if num_tokens <= MAX_SHORT_WALK else 'back_walk'
-        constants = constants_of(*widths, walk, UNIT=unit, SAME=same)
+        constants = constants_of(*widths, walk, UNIT=unit, SAME=same, IN_OUTPUT=in_output)
         launch(
             kernels.walk_kernel, key, (kinds, heads * ceil_div(value_dim, constants['BV']), batch),
             (*inputs, state, sums, tables(state.device, constants['BT'])[0], num_tokens, heads, n_states,
@@ -264,7 +299,7 @@ def mild_then_strong(kernel, key, num_chunks, parts, arguments, common, widths, 
         run = run_length(widths, name, num_chunks, heads * blocks_v * batch, arguments[0].device)
         grid = ceil_div(num_chunks, run), heads * blocks_v, batch
         launch(kernel, key, grid, (*arguments, run, *common), mild)
-    group = 1 if exact else GROUP
+    group = 1 if exact else GROUP // mild['BK']
     launch(
         kernel, key, (ceil_div(num_chunks * heads * batch, group), blocks_v, 1),
         (*arguments, group, *common),
@@ -303,7 +338,7 @@ def backward(
     n_states = batch * heads * num_chunks
     key = compile_key(v, gf, gb, unit, strides)
     sums = v.new_empty(2, n_states, key_dim, dtype=torch.float32)
-    state = v.new_empty(4, n_states, key_dim, value_dim, dtype=p['state_dtype'])
+    state = v.new_empty(4 * n_states, key_dim, value_dim, dtype=p['state_dtype'])
     widths = key_dim, value_dim, v.dtype
     make_states(
         inputs, state, sums, num_chunks, strides[:18], common, key, widths, 'back_states', unit, same, 1
