@@ -65,9 +65,7 @@ def plan(key_dim: int, value_dim: int, dtype: torch.dtype) -> dict:
             'walk': (1, 2, 168) if in_output else (1, 3) if mode == 'tf32' else (2, 3),
             'back_walk': (2, 3),
             'short_back_walk': (2, 3) if mode == 'tf32x3' else (1, 2, 128),
-            'output': (2, 2)
-            if block_v > 32
-            else (4, 1 if mode == 'tf32x3' else 2 if mode == 'tf32' else 3, 168),
+            'output': (2, 2) if block_v > 32 else (4, {'bf16': 3, 'tf32': 2, 'tf32x3': 1}[mode], 168),
             'walked_output': (2, 3, 168),
             'gradient': (2, 3) if mode == 'bf16' else (2, 2),
         }
