@@ -24,6 +24,8 @@ def compile_for(capability: int, kernel, constants: dict, types: dict) -> int:
     constants = dict(constants)
     names = constants.keys() & {'num_warps', 'num_stages', 'maxnreg'}
     options = {name: constants.pop(name) for name in names}
+    missing = [x.name for x in kernel.params if x.is_constexpr and x.name not in constants]
+    assert not missing, f'{kernel.__name__} needs {missing}'
     signature = {}
     for argument in kernel.arg_names:
         default = '*bf16' if argument.startswith('p_') else 'i32'
@@ -39,12 +41,14 @@ def bigla_launches():
     """Kernels and constants of BiGLA at K = 16, V = 32."""
     p = plan(16, 32, torch.bfloat16)
     shared = {'UNIT': 8, 'SAME': True}
-    yield kernels.states_kernel, {**p['states'], **shared, 'NC': 1, 'BACKWARD': True}
-    yield kernels.walk_kernel, {**p['short_back_walk'], **shared}
+    yield kernels.states_kernel, {**p['back_states'], **shared, 'NC': 1, 'BACKWARD': True}
+    yield kernels.walk_kernel, {**p['walk'], **shared, 'IN_OUTPUT': True}
     yield kernels.scan_kernel, scan_constants((16, 32, torch.bfloat16), 100, 1)
     for strong in (False, True):
         form = {**shared, 'STRONG': strong, 'GROUP': 16}
-        yield kernels.output_kernel, {**p['output'], 'NC': 1, 'ALONE': False, **form}
+        # Of the two outputs, walked and not, one in either form.
+        output = {**p['output' if strong else 'walked_output'], 'IN_OUTPUT': not strong}
+        yield kernels.output_kernel, {**output, 'NC': 1, 'ALONE': False, **form}
         yield kernels.gradient_kernel, {**p['gradient'], **form}
 
 
