@@ -84,6 +84,12 @@ def test_lengths_around_a_chunk(num_tokens):
     assert_accurate(make_inputs(num_tokens, heads=1 if num_tokens > 16 else 3))
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(torch.float16, marks=gpu)])
+def test_a_last_chunk_of_one_token(dtype):
+    """The gradients of closed gates are tiny: 1e-28 of others'."""
+    assert_accurate(make_inputs(33, gates='closed', dtype=dtype))
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_gates_of_a_single_token_have_no_gradient(dtype):
     inputs = [x.requires_grad_() for x in make_inputs(1, heads=3, dtype=dtype)]

@@ -394,14 +394,17 @@ def any_strong(p_sum, i, n, n_sums, K: tl.constexpr, BK: tl.constexpr, COUNT: tl
 @triton.jit
 def chunks_of_program(
     p_sum, n_chunks, n_sums, H, CH, NV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    STRONG: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
+    STRONG: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr, sure=False,
 ):  # fmt: skip
-    """First and end of a program's chunks among those of all sequences; STRONG: none if none needs it."""
+    """First and end of a program's chunks among those of all sequences.
+
+    STRONG: none if none needs that form and it is not `sure` that some do.
+    """
     if STRONG:
         first = tl.program_id(0) * CH
         end = tl.minimum(first + CH, n_sums)
         if not EXACT:  # noqa: SIM102  the first is known when this is compiled
-            if not any_strong(p_sum, first, end - first, n_sums, K, BK, GROUP):
+            if not (any_strong(p_sum, first, end - first, n_sums, K, BK, GROUP) | sure):
                 end = first
     else:
         i_bh = tl.program_id(2) * H + tl.program_id(1) // NV
@@ -1050,12 +1053,15 @@ def gradient_kernel(
     if not AGAIN:
         past = load_table(p_mask, 0, BT)
         future = load_table(p_mask, 1, BT)
-    first, end = chunks_of_program(p_sum, n_chunks, n_states, H, CH, 1, K, BK, STRONG, EXACT, GROUP)
+    # A last chunk of one token has but its own pair, in which no gate has a part: the form that leaves it
+    # out gives the gates' gradients without its rounding, which is larger than all others of closed gates.
+    lone = N % BT == 1
+    first, end = chunks_of_program(p_sum, n_chunks, n_states, H, CH, 1, K, BK, STRONG, EXACT, GROUP, lone)
     for j in range(0, end - first):
         i = first + j
         wanted = True
         if STRONG and not EXACT:
-            wanted = any_strong(p_sum, i, 1, n_states, K, BK, 1)
+            wanted = any_strong(p_sum, i, 1, n_states, K, BK, 1) | (lone & (i % n_chunks == n_chunks - 1))
         if wanted:
             i_b, i_h, i_bh = sequence_of(i, n_chunks, H, 1, STRONG)
             i_c = i - i_bh * n_chunks
