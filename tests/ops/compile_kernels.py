@@ -46,10 +46,10 @@ def bigla_launches():
     yield kernels.scan_kernel, scan_constants((16, 32, torch.bfloat16), 100, 1)
     for strong in (False, True):
         form = {**shared, 'STRONG': strong, 'GROUP': 16}
-        # Of the two outputs, walked and not, one in either form.
-        output = {**p['output' if strong else 'walked_output'], 'IN_OUTPUT': not strong}
-        yield kernels.output_kernel, {**output, 'NC': 1, 'ALONE': False, **form}
+        yield kernels.output_kernel, {**p['output'], 'NC': 1, 'ALONE': False, 'IN_OUTPUT': False, **form}
         yield kernels.gradient_kernel, {**p['gradient'], **form}
+    form = {**shared, 'STRONG': False, 'GROUP': 16}
+    yield kernels.output_kernel, {**p['walked_output'], 'NC': 1, 'ALONE': False, 'IN_OUTPUT': True, **form}
 
 
 def fused_launches():

@@ -299,7 +299,7 @@ except ValueError as error:
     assert "backend 'triton' cannot run here: it runs on CUDA devices" in done.stdout
 
 
-@pytest.mark.skipif(ON_GPU, reason='the offline compiler takes minutes; the sweep compiles for this GPU')
+@pytest.mark.skipif(ON_GPU, reason='needs no GPU; there the sweep compiles for the one at hand')
 @pytest.mark.parametrize('capability', [80, 100])
 def test_kernels_fit_other_gpus(capability):
     """Compiled without a GPU: within what any of them gives a program, and a kernel for each launch."""
@@ -313,7 +313,7 @@ def test_kernels_fit_other_gpus(capability):
     lines = done.stdout.splitlines()
     most = 227 if capability >= 90 else 163
     shared = [int(line.split()[-1]) / (most if ' project_' in line else 99) for line in lines]
-    assert len(shared) == 27 and max(shared) <= 1024, done.stdout
+    assert len(shared) == 28 and max(shared) <= 1024, done.stdout
 
 
 def test_what_the_sanitizer_runs_starts_by_itself():

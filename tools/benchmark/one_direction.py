@@ -45,12 +45,13 @@ from mmvig.ops.bigla.triton import (
     address,
     batched,
     compile_key,
+    fill_waves,
     plan,
     run_length,
     scan_constants,
     tables,
 )
-from mmvig.ops.launch import Constants, ceil_div, empty_like_each, launch
+from mmvig.ops.launch import Constants, ceil_div, empty_like_each, launch, multiprocessors
 
 NORMALIZER = 16.0
 INTS = [*kernels.INTS, *(f's_{x}{axis}' for x in ('g', 'dg') for axis in 'bnh')]
@@ -332,7 +333,11 @@ class Pass:
         constants = constants_of(self.widths, name, **self.more, **more)
         last = kernel is gradient_kernel
         blocks = 1 if last else ceil_div(constants['V'], constants['BV'])
-        length = run_length(self.widths, name, n, batch * heads * blocks, self.tensors[0].device)
+        sequences, device = batch * heads * blocks, self.tensors[0].device
+        if name == 'dv':  # not a kernel of the merged operator: 8 programs a multiprocessor
+            length = fill_waves(n, sequences, 8 * multiprocessors(device))
+        else:
+            length = run_length(self.widths, name, n, sequences, device)
         launch(
             kernel, self.key, (ceil_div(n, length), heads * blocks, batch),
             (*(self.tensors[i] for i in which), self.state, self.sums, *self.tables[: 3 if last else 1],

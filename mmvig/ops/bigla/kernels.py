@@ -179,34 +179,26 @@ def load_table(p_table, i: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
-def tile_sum(table, x, MODE: tl.constexpr):
-    """Sum log2 decays x [BT, BK] over tokens: table @ x.
+def tile_sum(table, x, MODE: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """Sum log2 decays x [BT, BK] over tokens: table @ x; TRANSPOSED: trans(table @ x).
 
     float16 keeps 11 digits of each: an error of 2^-12 |x| in the exponent, so of at most 2^-12 * 0.4 in any
     decay 2^x; half of a float16's last digit is kept by a second term where inputs are float16.
     """
+    if TRANSPOSED:
+        x = tl.trans(x)
+        table = tl.trans(table)
     if MODE == 'tf32x3':
-        return tl.dot(table.to(tl.float32), x, input_precision='tf32x3')
+        table = table.to(tl.float32)
+        return (
+            tl.dot(x, table, input_precision=MODE) if TRANSPOSED else tl.dot(table, x, input_precision=MODE)
+        )
     else:
         high = x.to(tl.float16)
-        c = tl.dot(table, high)
+        c = tl.dot(high, table) if TRANSPOSED else tl.dot(table, high)
         if MODE == 'tf32':
-            c = tl.dot(table, (x - high.to(tl.float32)).to(tl.float16), c)
-        return c
-
-
-@triton.jit
-def tile_sum_transposed(table, x, MODE: tl.constexpr):
-    """trans(table @ x): [BK, BT] for a table [BT, BT]."""
-    x = tl.trans(x)
-    table = tl.trans(table)
-    if MODE == 'tf32x3':
-        return tl.dot(x, table.to(tl.float32), input_precision='tf32x3')
-    else:
-        high = x.to(tl.float16)
-        c = tl.dot(high, table)
-        if MODE == 'tf32':
-            c = tl.dot((x - high.to(tl.float32)).to(tl.float16), table, c)
+            low = (x - high.to(tl.float32)).to(tl.float16)
+            c = tl.dot(low, table, c) if TRANSPOSED else tl.dot(table, low, c)
         return c
 
 
@@ -218,7 +210,7 @@ def whole_sum(x, MODE: tl.constexpr):
     there can be, are the same.
     """
     ones = tl.full((8, x.shape[0]), 1.0, tl.float16)
-    return tl.sum(tile_sum_transposed(ones, x, MODE), 1) / 8
+    return tl.sum(tile_sum(ones, x, MODE, True), 1) / 8
 
 
 @triton.jit
@@ -231,7 +223,7 @@ def add_tokens(
     be; with several warps it has to go through shared memory either way.
     """
     if ONE_WARP:
-        x = tl.trans(x) * tl.exp2(tile_sum_transposed(table, ld, MODE))
+        x = tl.trans(x) * tl.exp2(tile_sum(table, ld, MODE, True))
     else:
         x = tl.trans(x * tl.exp2(tile_sum(table, ld, MODE)))
     return product(x, y, state, PAIR_MODE)
@@ -470,12 +462,9 @@ def states_kernel(
     if BACKWARD:
         up_to = load_table(p_table, UP_TO, BT)
     TILES: tl.constexpr = NC * PARTS
-    s0 = nothing
-    s1 = nothing
-    s2 = nothing
-    s3 = nothing
-    decay_f = tl.full((BK,), 1.0, tl.float32)
-    decay_b = tl.full((BK,), 1.0, tl.float32)
+    one = tl.full((BK,), 1.0, tl.float32)
+    s0, s1, s2, s3 = nothing, nothing, nothing, nothing
+    decay_f, decay_b = one, one
     sum_f = tl.zeros((BK,), tl.float32)
     sum_b = tl.zeros((BK,), tl.float32)
     first = tl.program_id(0) * CH
@@ -525,12 +514,8 @@ def states_kernel(
                 store_state(place_of(p_state, n_states * 2 + i_state, K, V), s2, i_v, K, V, BK, BV)
                 store_state(place_of(p_state, n_states * 3 + i_state, K, V), s3, i_v, K, V, BK, BV)
             # Nothing of this segment may be left in the next, were it NaN.
-            s0 = nothing
-            s1 = nothing
-            s2 = nothing
-            s3 = nothing
-            decay_f = tl.full((BK,), 1.0, tl.float32)
-            decay_b = tl.full((BK,), 1.0, tl.float32)
+            s0, s1, s2, s3 = nothing, nothing, nothing, nothing
+            decay_f, decay_b = one, one
 
 
 @triton.jit(do_not_specialize=INTS)

@@ -164,19 +164,23 @@ def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=4096)
 def run_length(widths: tuple, name: str, n: int, sequences: int, device: torch.device) -> int:
-    """How many of a sequence's n chunks or segments a program takes.
+    """How many of a sequence's n chunks or segments a program of the kernel ``name`` takes."""
+    places = plan(*widths)['programs'][name]
+    return fill_waves(n, sequences, places * multiprocessors(device), MAX_RUNS.get(name, 64))
 
-    So many that programs start in whole waves of as many as the device holds: a last wave of few programs
-    takes, as measured, half as long as a full one besides its share, and a program as long as 0.3 chunks
-    besides its chunks.
+
+def fill_waves(n: int, sequences: int, places: int, most: int = 64) -> int:
+    """How many of a sequence's n chunks a program takes, at most, so that whole waves fill ``places``.
+
+    The model, fitted to times on an H200: a last wave of a share x of all places takes (1 + x) / 2 of a
+    full one's time, and a program 0.3 chunks' time besides its chunks.
     """
-    places = plan(*widths)['programs'].get(name, 8) * multiprocessors(device)
 
     def time(run: int) -> float:
         waves = ceil_div(n, run) * sequences / places
         return (run + 0.3) * (waves + math.ceil(waves)) / 2
 
-    return min(range(1, min(n, MAX_RUNS.get(name, 64)) + 1), key=time)
+    return min(range(1, min(n, most) + 1), key=time)
 
 
 def forward(
@@ -241,8 +245,9 @@ def make_states(
     inputs, state, sums, num_chunks, strides, common, key, widths, name, unit, same, chunks,
     in_output=False,
 ) -> None:  # fmt: skip
-    """Fill ``state [2 or 4 * B * H * segments, K, V]`` with what leaves each segment, and ``sums``.
+    """Fill ``state [kinds * B * H * segments, K, V]`` with what leaves each segment, and ``sums``.
 
+    Two kinds of states for the output, four for gradients.
     ``in_output``: as in the kernels; ``state`` is [B * H, K, V].
     """
     batch, num_tokens, heads, key_dim = inputs[0].shape
