@@ -23,3 +23,4 @@ OPTIM_WRAPPER_CONSTRUCTORS = _root.Registry(
     scope='mmvig',
     locations=['mmvig.engine.layer_decay'],
 )
+RUNNERS = _root.Registry('runner', parent=_root.RUNNERS, scope='mmvig', locations=['mmvig.engine.runner'])

@@ -141,12 +141,13 @@ def build_runner(cfg: Config) -> Runner:
     """Build the runner, with mmcv made usable first and gloo between processes without a GPU.
 
     Args:
-        cfg: the config; its ``runner_type`` names another class than Runner, as 'FlexibleRunner'.
+        cfg: the config; its ``runner_type`` names another class than ours, as 'FlexibleRunner'.
     """
     import mmvig.compat  # noqa: F401  not above: what it says is to be seen, and after any error
 
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
         _prepare_for_gloo(cfg)
+    cfg.setdefault('runner_type', 'mmvig.Runner')
     return RUNNERS.build(cfg)
 
 
