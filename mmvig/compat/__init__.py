@@ -29,8 +29,9 @@ def _stand_in_for_mmcv_ext() -> None:
 
     sys.modules['mmcv._ext'] = mmcv_ext
     logger.info(
-        'mmcv has no compiled operators here: nms and roi_align run through torchvision, deformable '
-        'attention and the focal loss in plain PyTorch; every other one raises an error when called.'
+        'mmcv has no compiled operators here: nms, roi_align and deformable convolution run through '
+        'torchvision; deformable attention, the focal loss, CARAFE and masked convolution in plain '
+        'PyTorch; every other one raises an error when called.'
     )
 
 
@@ -63,12 +64,12 @@ def _let_torch_load_mmengine_checkpoints() -> None:
     from mmengine.runner import checkpoint
     from mmengine.utils import digit_version
 
-    from mmvig.checkpoints import message_hub_globals
+    from mmvig.reading import safe_globals
 
     if digit_version(torch.__version__) >= digit_version('2.6') and not hasattr(
         checkpoint, 'get_torch_safe_globals'
     ):
-        torch.serialization.add_safe_globals(message_hub_globals())
+        torch.serialization.add_safe_globals(safe_globals())
 
 
 def _register_for_custom_imports() -> None:

@@ -7,10 +7,25 @@ It has operators under the names and with the arguments that mmcv's Python code 
 - ``ms_deform_attn_*``, because Deformable DETR, DINO and Mask2Former call them on GPUs: mmcv's own
   PyTorch definition, which it takes by itself on CPUs only.
 - ``sigmoid_focal_loss_*``, because mmdet's FocalLoss calls them on GPUs: the formula, in PyTorch.
+- those of :mod:`mmvig.compat.convolutions`.
 
 Half-precision input is computed in float32: torchvision's kernels know float16 only in part and
 bfloat16 not at all, and so results are rounded once.
 """
+
+from mmvig.compat.convolutions import (  # noqa: F401
+    carafe_backward,
+    carafe_forward,
+    carafe_naive_backward,
+    carafe_naive_forward,
+    deform_conv_backward_input,
+    deform_conv_backward_parameters,
+    deform_conv_forward,
+    masked_col2im_forward,
+    masked_im2col_forward,
+    modulated_deform_conv_backward,
+    modulated_deform_conv_forward,
+)
 
 import torch
 import torch.nn.functional as F
