@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvig.ops.arguments import check_dtype, check_eps, check_one_dtype, check_tensors
 from mmvig.ops.choice import autocast_dtype, use_triton
-from mmvig.ops.norm import norm
+from mmvig.ops.norm import ACTIVATIONS, norm
 
 __all__ = ['conv_norm', 'takes']
 
@@ -44,8 +45,24 @@ def conv_norm(
         ``[B, H', W', C]`` with H' = floor((H + 2 - k) / stride) + 1.
 
     Raises:
-        ValueError: shapes disagree, the activation or the backend is unknown, or 'triton' cannot run.
+        TypeError: an argument is of another type, or no floating-point tensor.
+        ValueError: shapes or devices disagree, the activation or the backend is unknown, or 'triton' cannot
+            run.
     """
+    check_tensors(
+        {'x': x, 'conv_weight': conv_weight, 'conv_bias': conv_bias, 'weight': weight, 'bias': bias}
+    )
+    check_eps(eps)
+    check_dtype(dtype)
+    if type(stride) is not int or stride < 1:
+        raise ValueError(f'stride must be an int of at least 1, got {stride!r}')
+    if act not in list(ACTIVATIONS):
+        raise ValueError(f'act must be one of {list(ACTIVATIONS)}, got {act!r}')
+    for name, each in (('conv_bias', conv_bias), ('weight', weight), ('bias', bias)):
+        if each.shape != conv_weight.shape[:1]:
+            raise ValueError(
+                f'{name} must be [C], as conv_weight {list(conv_weight.shape)} says, got {list(each.shape)}'
+            )
     low, fits = autocast_dtype(x), takes(x, conv_weight)
     if not fits and backend == 'triton':
         raise ValueError(
@@ -57,6 +74,7 @@ def conv_norm(
 
         weights = conv_weight, conv_bias, weight, bias
         return conv_norm_op(x, *weights, eps, stride, low, dtype or low, act)[0]
+    check_one_dtype(x=x, conv_weight=conv_weight)
     y = F.conv2d(x.permute(0, 3, 1, 2), conv_weight, None, stride, 1).permute(0, 2, 3, 1)
     return norm(y, weight, bias, eps, shift=conv_bias, act=act, dtype=dtype, backend=backend)
 
@@ -70,4 +88,7 @@ def takes(x: Tensor, conv_weight: Tensor) -> bool:
     if x.ndim != 4 or conv_weight.ndim != 4 or x.shape[3] != conv_weight.shape[1]:
         found = f'{list(x.shape)} and {list(conv_weight.shape)}'
         raise ValueError(f'x must be [B, H, W, C_in] and conv_weight [C, C_in, k, k], got {found}')
+    if conv_weight.shape[2] != conv_weight.shape[3] or min(x.shape[1:3]) + 2 < conv_weight.shape[2]:
+        found = f'{list(x.shape)} and {list(conv_weight.shape)}'
+        raise ValueError(f'x must have H, W >= k - 2 for conv_weight [C, C_in, k, k], got {found}')
     return autocast_dtype(x) in HALVES and x.shape[3] <= MAX_IN and conv_weight.shape[0] <= MAX_OUT

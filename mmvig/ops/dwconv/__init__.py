@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvig.ops.arguments import check_one_dtype, check_tensors
 from mmvig.ops.choice import autocast_dtype, use_triton
 
 __all__ = ['dwconv3x3']
@@ -22,8 +23,10 @@ def dwconv3x3(x: Tensor, weight: Tensor, *, backend: str = 'auto') -> Tensor:
         ``[B, H, W, C]`` in x's dtype; under autocast in its dtype, as of any convolution.
 
     Raises:
-        ValueError: shapes disagree, the backend is unknown, or 'triton' cannot run.
+        TypeError: an argument is no floating-point tensor, or dtypes disagree without 'triton'.
+        ValueError: shapes or devices disagree, the backend is unknown, or 'triton' cannot run.
     """
+    check_tensors({'x': x, 'weight': weight})
     if x.ndim != 4 or weight.shape != (x.shape[3], 1, 3, 3):
         raise ValueError(
             f'x must be [B, H, W, C] and weight [C, 1, 3, 3], got {list(x.shape)} and {list(weight.shape)}'
@@ -32,5 +35,6 @@ def dwconv3x3(x: Tensor, weight: Tensor, *, backend: str = 'auto') -> Tensor:
         from mmvig.ops.dwconv.triton import dwconv3x3_op
 
         return dwconv3x3_op(x.to(autocast_dtype(x)), weight)
+    check_one_dtype(x=x, weight=weight)
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=1, groups=x.shape[3])
     return y.permute(0, 2, 3, 1)

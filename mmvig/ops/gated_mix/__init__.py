@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvig.ops.arguments import check_eps, check_flags, check_tensors
 from mmvig.ops.choice import autocast_dtype, use_triton
 from mmvig.ops.linear import linear
 
@@ -42,15 +43,20 @@ def gated_mix(
         the inputs are all that is kept for the backward pass.
 
     Raises:
-        ValueError: shapes or dtypes disagree, the backend is unknown, or 'triton' cannot run.
+        TypeError: an argument is of another type, or no floating-point tensor.
+        ValueError: shapes, dtypes or devices disagree, the backend is unknown, or 'triton' cannot run.
     """
-    head_dim = weight_long.shape[-1]
+    tensors = {'long': long, 'gate': gate, 'short': short, 'weight_out': weight_out}
+    check_tensors({**tensors, 'weight_long': weight_long, 'weight_short': weight_short})
+    check_eps(eps)
+    check_flags(act=act)
     if not long.shape == gate.shape == short.shape or not long.dtype == gate.dtype == short.dtype:
         found = ', '.join(f'{list(x.shape)} {x.dtype}' for x in (long, gate, short))
         raise ValueError(f'long, gate and short must have one shape and dtype, got {found}')
-    if weight_long.shape != weight_short.shape or weight_long.ndim != 1 or long.shape[-1] % head_dim:
+    head_dim = weight_long.shape[-1] if weight_long.ndim == 1 else 0
+    if weight_long.shape != weight_short.shape or head_dim < 1 or long.shape[-1] % head_dim:
         raise ValueError(
-            f'the weights must be [V] with V a divisor of the width {long.shape[-1]}, '
+            f'weight_long and weight_short must be [V] with V a divisor of the width {long.shape[-1]}, '
             f'got {list(weight_long.shape)} and {list(weight_short.shape)}'
         )
     if weight_out.ndim != 2 or weight_out.shape[1] != long.shape[-1]:

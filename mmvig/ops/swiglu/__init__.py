@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvig.ops.arguments import check_one_dtype, check_tensors
 from mmvig.ops.choice import autocast_dtype, use_triton
 from mmvig.ops.linear import linear
 
@@ -24,10 +25,12 @@ def swiglu(x: Tensor, weight: Tensor, *, backend: str = 'auto') -> Tensor:
         weight are all that is kept for the backward pass.
 
     Raises:
-        ValueError: the widths disagree, the backend is unknown, or 'triton' cannot run.
+        TypeError: an argument is no floating-point tensor, or dtypes disagree without 'triton'.
+        ValueError: widths or devices disagree, the backend is unknown, or 'triton' cannot run.
 
     Source: Shazeer, "GLU Variants Improve Transformer" (arXiv 2002.05202).
     """
+    check_tensors({'x': x, 'weight': weight})
     if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != 2 * weight.shape[1]:
         raise ValueError(
             f'x must be [..., 2 D] and weight [C, D], got {list(x.shape)}, {list(weight.shape)}'
@@ -37,5 +40,6 @@ def swiglu(x: Tensor, weight: Tensor, *, backend: str = 'auto') -> Tensor:
 
         dtype = autocast_dtype(x)
         return swiglu_op(x.to(dtype), weight.to(dtype))
+    check_one_dtype(x=x, weight=weight)
     a, b = x.chunk(2, dim=-1)
     return linear(F.silu(a) * b, weight)
