@@ -7,15 +7,13 @@ blocks.*.attn.*, norm, head``) and our own (``stem.*, blocks.*.mixer.*, norm{i}`
 """
 
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from pickle import UnpicklingError
+from collections.abc import Mapping
 
-import numpy as np
 import torch
-from mmengine.dist import barrier, get_local_rank
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from torch import Tensor, nn
+
+from mmvig import reading
 
 MIXER = {
     'in_proj.0': 'dwconv',
@@ -75,8 +73,9 @@ def read(checkpoint: str, prefix: str | None = None, map_location: str = 'cpu') 
     """Read a checkpoint file without running code from it (``weights_only=True``).
 
     Args:
-        checkpoint: a path, or an http(s) URL, which is downloaded to torch's hub folder once.
-        prefix: keep only the keys with this prefix, without it, such as 'backbone.'. Default: None.
+        checkpoint: a path, an http(s) URL, or another address (see :func:`mmvig.reading.load`).
+        prefix: keep only the keys with this prefix, without it, such as 'backbone' or 'backbone.'; '' keeps
+            all. Default: None, the backbone's part if it has one.
         map_location: device of the tensors. Default: 'cpu'.
 
     Returns:
@@ -84,30 +83,66 @@ def read(checkpoint: str, prefix: str | None = None, map_location: str = 'cpu') 
 
     Raises:
         FileNotFoundError: the file does not exist.
-        RuntimeError: the file is no checkpoint of tensors, or no key has the prefix.
+        RuntimeError: the file is no checkpoint of finite tensors, or no key has the prefix.
     """
-    path = _local_path(checkpoint)
-    previous = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals(message_hub_globals())
-    try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:
-        raise RuntimeError(f'{path} cannot be read as a checkpoint of tensors: {error}') from error
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(previous)
-    if not isinstance(content, Mapping):
-        raise RuntimeError(f'{path} must hold a state dict, got {type(content).__name__}')
+    content = reading.load(checkpoint, map_location)
+    state_dict = state_dict_of(content, checkpoint)
     if prefix is None:
-        return unwrap(content)
+        return unwrap(state_dict)
+    if prefix and not prefix.endswith('.'):
+        prefix += '.'  # as mmengine has it
     state_dict = {
-        key.removeprefix(prefix): value
-        for key, value in _contained(content).items()
-        if key.startswith(prefix)
+        key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
     }
     if not state_dict:
-        raise RuntimeError(f'{path} has no key with the prefix {prefix!r}')
+        raise RuntimeError(f'{checkpoint} has no key with the prefix {prefix!r}')
     return state_dict
+
+
+def state_dict_of(content: object, name: str) -> dict:
+    """The state dict in what a checkpoint file holds, checked to be one.
+
+    Args:
+        content: what was read.
+        name: of the file, for errors.
+
+    Raises:
+        RuntimeError: it is none, is empty, or holds anything else than finite tensors under names.
+    """
+    if not isinstance(content, Mapping):
+        raise RuntimeError(f'{name} must hold a state dict, got {type(content).__name__}')
+    odd = [key for key in content if not isinstance(key, str)]
+    state_dict = content if odd else _contained(content)
+    if not state_dict:
+        raise RuntimeError(f'{name} must hold a state dict, got an empty one')
+    check_state_dict(state_dict, name)
+    return state_dict
+
+
+def check_state_dict(state_dict: Mapping, name: str) -> None:
+    """Check that a state dict holds finite tensors under names.
+
+    Raises:
+        RuntimeError: it does not; the first such key is named.
+    """
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise RuntimeError(f'{name} must hold tensors by name, got {key!r} for a name')
+        if key.endswith('_extra_state'):
+            continue  # torch's name for what a module saves beside tensors
+        if not isinstance(value, Tensor):
+            raise RuntimeError(f'{name} must hold tensors, got {type(value).__name__} for {key!r}')
+        if not is_finite(value):
+            raise RuntimeError(
+                f'{name} has NaN or infinite values in {key!r}: its training diverged; take an earlier one'
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all of a tensor's values are finite."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
 
 
 def unwrap(content: Mapping) -> Mapping:
@@ -117,6 +152,8 @@ def unwrap(content: Mapping) -> Mapping:
     those of a whole detector, segmentor or classifier, takes its ``backbone.`` part.
     """
     state_dict = _contained(content)
+    if any(not isinstance(key, str) for key in state_dict):
+        raise RuntimeError(f'a state dict must hold tensors by name, got the keys {list(state_dict)[:3]}')
     backbone = {
         key.removeprefix('backbone.'): value
         for key, value in state_dict.items()
@@ -130,7 +167,7 @@ def _contained(content: Mapping) -> Mapping:
         if isinstance(content.get(name), Mapping):
             content = content[name]
             break
-    if content and all(key.startswith('module.') for key in content):
+    if content and all(isinstance(key, str) and key.startswith('module.') for key in content):
         content = {key.removeprefix('module.'): value for key, value in content.items()}
     return content
 
@@ -155,7 +192,12 @@ def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool = Tru
     incoming = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
     if not incoming:
         return  # nothing of a backbone in it: the caller reports that as for any module
-    incoming = {our_name(key[len(prefix) :]): value for key, value in incoming.items()}
+    names = {}
+    for key in incoming:
+        first = names.setdefault(our_name(key[len(prefix) :]), key)
+        if first != key:
+            raise RuntimeError(f'the checkpoint has one parameter under two names, {first!r} and {key!r}')
+    incoming = {name: incoming[key] for name, key in names.items()}
     own = backbone.state_dict()
     last = backbone.num_units - 1
     for leaf in ('weight', 'bias'):
@@ -225,47 +267,3 @@ def _check(backbone: nn.Module, own: Mapping[str, Tensor], incoming: Mapping[str
             f'the checkpoint does not fit this {name} (depths {list(backbone.depths)}, width '
             f'{backbone.num_features[0]}); is it of another arch?\n  ' + '\n  '.join(problems)
         )
-
-
-def _local_path(checkpoint: str) -> Path:
-    if checkpoint.startswith(('http://', 'https://')):
-        path = Path(torch.hub.get_dir(), 'checkpoints', checkpoint.rpartition('/')[2])
-        if get_local_rank() == 0 and not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(checkpoint, str(path))
-        barrier()
-        return path
-    path = Path(checkpoint).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f'checkpoint {path} does not exist (looked in {Path.cwd()})')
-    return path
-
-
-def message_hub_globals() -> list:
-    """What the log buffers in mmengine's training checkpoints are made of, for torch's safe globals."""
-    core = np.core if np.__version__.startswith('1.') else np._core  # NumPy 1.26's _core is a hollow one
-    dtypes = {type(np.dtype(name)) for name in ('float32', 'float64', 'int32', 'int64', 'uint32')}
-    functions = [core.multiarray._reconstruct, core.multiarray.scalar]
-    # NumPy 2 moved these: either name, so that either version's files can be read.
-    functions = [_as_of(package, each) for package in ('numpy.core', 'numpy._core') for each in functions]
-    return [HistoryBuffer, _get_method, slice, np.ndarray, np.dtype, *functions, *dtypes]
-
-
-def _as_of(package: str, function: Callable) -> Callable:
-    # torch knows a safe global by the names that it bears.
-    def renamed(*args):
-        return function(*args)
-
-    renamed.__module__ = f'{package}.multiarray'
-    renamed.__qualname__ = renamed.__name__ = function.__name__
-    return renamed
-
-
-def _get_method(owner: type, name: str):
-    # A HistoryBuffer pickles its methods by getattr, which would be too much to allow of anything else.
-    if owner is not HistoryBuffer:
-        raise UnpicklingError(f'a checkpoint may not ask for {name!r} of {owner!r}')
-    return getattr(owner, name)
-
-
-_get_method.__module__, _get_method.__qualname__, _get_method.__name__ = 'builtins', 'getattr', 'getattr'

@@ -2,9 +2,11 @@
 
 import hashlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from mmengine.runner import load_checkpoint
 
 from mmvig import checkpoints
 from mmvig.backbones import ViG, ViGH
+from mmvig.engine.files import write_whole
 
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 CONVERT, PUBLISH = 'model_converters/official_to_mmvig.py', 'publish_model.py'
@@ -62,24 +65,29 @@ def values(shapes):
     state, count = {}, 0
     for name, shape in shapes.items():
         size = int(np.prod(shape))
-        state[name] = torch.arange(count, count + size, dtype=torch.float64).view(shape)
+        state[name] = torch.arange(count, count + size, dtype=torch.int32).view(shape)
         count += size
     return state
 
 
-SHAPES = {
-    'vig_h_t': official_shapes('tiny', classifier=True),
-    'vig_h_t backbone': official_shapes('tiny', classifier=False),
-    'vig_h_s': official_shapes('small', classifier=True),
-    'vig_h_b backbone': official_shapes('base', classifier=False),
-    'vig_t': official_plain_shapes('tiny'),
-}
+def shapes_of(arch, monkeypatch, plain=False, classifier=True):
+    """Official names and shapes of an arch, at a small width."""
+    monkeypatch.setitem(golden.PLAIN_WIDTHS if plain else golden.WIDTHS, arch, 64 if plain else 32)
+    return official_plain_shapes(arch) if plain else official_shapes(arch, classifier)
 
 
-@pytest.mark.parametrize('name', SHAPES)
-def test_there_and_back(tool, name):
-    small = {key: shape[:1] for key, shape in SHAPES[name].items()}  # names and order matter, not sizes
-    official = values(small)
+@pytest.mark.parametrize(
+    ('arch', 'options'),
+    [
+        ('tiny', {}),
+        ('tiny', dict(classifier=False)),
+        ('small', {}),
+        ('base', dict(classifier=False)),
+        ('tiny', dict(plain=True)),
+    ],
+)
+def test_there_and_back(tool, monkeypatch, arch, options):
+    official = values(shapes_of(arch, monkeypatch, **options))
     ours = converted(tool, {'model': official})['state_dict']
     assert not set(ours) & set(official) - {'pos_embed'}
     back = converted(tool, {'state_dict': ours, 'meta': {}}, '--to', 'official')['model']
@@ -163,7 +171,15 @@ def small_official(**changes):
         ({'stem.down1.conv.weight': torch.zeros(1)}, [], 'is no official ViG or ViG-H checkpoint'),
         (small_official(**{'outnorm0.weight': torch.zeros(1)}), [], "unknown 'outnorm0.weight'"),
         ([1, 2], [], 'must hold a state dict'),
-        ({}, [], 'in.pth'),
+        ({}, [], 'must hold a state dict, got an empty one'),
+        ({1: torch.zeros(1)}, [], 'must hold tensors by name, got 1 for a name'),
+        (small_official(**{'patch_embed.0.weight': 1.0}), [], "float for 'patch_embed.0.weight'"),
+        (
+            small_official(**{'patch_embed.0.bias': torch.tensor([torch.nan])}),
+            [],
+            'NaN or infinite values in',
+        ),
+        (small_official(), [], 'shapes of no ViG or ViG-H'),
         ({'model': object()}, [], 'cannot be read as a checkpoint of tensors'),
     ],
 )
@@ -185,7 +201,7 @@ def test_missing_and_broken_files(tool, script):
 
 
 def test_what_cannot_be_written_leaves_nothing(tool, monkeypatch):
-    torch.save(small_official(), 'in.pth')
+    torch.save(official_state_dict('tiny'), 'in.pth')
     Path('file').touch()
     status, _, (line,) = tool(CONVERT, 'in.pth', 'file/out.pth')
     assert status == 2 and 'file/out.pth cannot be written' in line
@@ -207,7 +223,13 @@ def training_checkpoint():
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     return {
-        'meta': {'epoch': 12, 'cfg': 'model = dict()', 'dataset_meta': {'classes': ('a', 'b')}},
+        'meta': {
+            'epoch': 12,
+            'cfg': 'model = dict()',
+            'config': 'import os',
+            'seed': np.int64(3),
+            'dataset_meta': {'classes': ('a', 'b'), 'palette': np.array([[1]])},
+        },
         'state_dict': model.state_dict(),
         'message_hub': {'log_scalars': {'loss': HistoryBuffer([1.0, 2.0], [1, 1])}},
         'optimizer': optimizer.state_dict(),
@@ -225,7 +247,12 @@ def test_published_checkpoints_hold_weights_and_meta(tool):
     assert path == f'released/model-{hashlib.sha256(data).hexdigest()[:8]}.pth'
     published = torch.load(path, weights_only=True)
     assert published.keys() == {'meta', 'state_dict'}
-    assert published['meta'] == content['meta']
+    # No program text that an inferencer would run, and nothing that PyTorch alone could not read.
+    assert published['meta'] == {
+        'epoch': 12,
+        'seed': 3,
+        'dataset_meta': {'classes': ('a', 'b'), 'palette': [[1]]},
+    }
     for key, value in content['state_dict'].items():
         assert torch.equal(published['state_dict'][key], value)
 
@@ -242,3 +269,54 @@ def test_only_training_checkpoints_are_published(tool):
     status, _, (line,) = tool(PUBLISH, 'in.pth', 'out.pth')
     assert status == 2 and 'must hold meta and state_dict' in line
     assert [path.name for path in Path().iterdir()] == ['in.pth']
+
+
+def narrow_backbone(**changes):
+    weights = ViGH(dict(embed_dims=32, depths=[1, 2], num_heads=[1, 2]), out_indices=(0, 1)).state_dict()
+    return {f'backbone.{key}': changes.get(key, value) for key, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'norm1.bias': 1.0}, "float for 'backbone.norm1.bias'"),
+        ({'norm1.bias': torch.full((64,), torch.inf)}, "NaN or infinite values in 'backbone.norm1.bias'"),
+        ({'norm1.bias': torch.zeros(63)}, 'norm1.bias is [63], expected [64]'),
+        ({'stages.1.blocks.1.mlp.fc1.weight': torch.zeros(2, 64)}, 'fc1.weight is [2, 64], expected'),
+        ({'stem.down1.conv.weight': torch.zeros(16)}, 'shapes of no ViG or ViG-H'),
+    ],
+)
+def test_weights_that_are_not_whole_are_not_published(tool, changes, message):
+    torch.save({'meta': {}, 'state_dict': narrow_backbone()}, 'in.pth')
+    assert tool(PUBLISH, 'in.pth', 'out.pth')[0] == 0
+    torch.save({'meta': {}, 'state_dict': narrow_backbone(**changes)}, 'in.pth')
+    status, _, (line,) = tool(PUBLISH, 'in.pth', 'other.pth')
+    assert status == 2 and message in line
+    assert not list(Path().glob('other*'))
+
+
+@pytest.mark.parametrize('script', [CONVERT, PUBLISH])
+def test_outputs_that_would_replace_something(tool, script):
+    """A folder for OUT once gave a file beside it, and the same file replaced the input."""
+    torch.save(official_state_dict('tiny') if script == CONVERT else training_checkpoint(), 'in.pth')
+    before = Path('in.pth').read_bytes()
+    Path('folder').mkdir()
+    for out in ('folder', 'folder/', 'new/'):
+        status, _, (line,) = tool(script, 'in.pth', out)
+        assert status == 2 and f'{out} is a folder' in line
+    if script == CONVERT:
+        Path('link.pth').symlink_to('in.pth')
+        for out in ('in.pth', './in.pth', 'link.pth'):
+            status, _, (line,) = tool(script, 'in.pth', out)
+            assert status == 2 and 'is the input itself' in line
+        Path('link.pth').unlink()
+    assert Path('in.pth').read_bytes() == before
+    assert sorted(path.name for path in Path().rglob('*')) == ['folder', 'in.pth']
+
+
+def test_a_link_planted_at_the_temporary_name_is_not_followed(tmp_path):
+    (tmp_path / 'mine').write_text('precious')
+    (tmp_path / f'.out.pth.{os.getpid()}').symlink_to(tmp_path / 'mine')
+    write_whole(tmp_path / 'out.pth', b'data')
+    assert (tmp_path / 'mine').read_text() == 'precious'
+    assert (tmp_path / 'out.pth').read_bytes() == b'data' and not (tmp_path / 'out.pth').is_symlink()

@@ -1,4 +1,7 @@
-"""Make a training checkpoint ready to be published: weights and meta alone, a part of its hash in its name.
+"""Make a training checkpoint ready to be published: weights and what is known of them alone.
+
+Its name gets a part of its hash. The config, a program text that mmengine's inferencers would run, is left
+out: give it beside the file.
 
     python tools/publish_model.py work_dirs/maskrcnn_vigh_t/epoch_12.pth maskrcnn_vigh_t.pth
     maskrcnn_vigh_t-5d0c1a7e.pth
@@ -12,15 +15,19 @@ import io
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from mmengine.utils import apply_to
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
-from mmvig.checkpoints import message_hub_globals
-from mmvig.engine.files import write_whole
+from mmvig import checkpoints, reading
+from mmvig.engine import loading
+from mmvig.engine.files import check_output, write_whole
 from mmvig.engine.preflight import SetupError, check_file, one_line_errors
 
 KEPT = ('meta', 'state_dict')
+PROGRAMS = ('cfg', 'config')  # entries of meta that are text to be run
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,18 +44,23 @@ def read(path: str) -> dict:
     """Read what is kept of a training checkpoint, without running code from it.
 
     Raises:
-        SetupError: It is missing, cannot be read or is no such checkpoint.
+        SetupError: It is missing, cannot be read, is no such checkpoint, or its weights are not whole.
     """
     check_file(path, 'checkpoint', 'give the path of one that training saved')
-    torch.serialization.add_safe_globals(message_hub_globals())
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # of many types, by what is wrong with the file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise SetupError(f'{path} cannot be read as a checkpoint of tensors: {reason}') from error
-    if not isinstance(content, dict) or not set(KEPT) <= set(content):
-        raise SetupError(f"{path} is no checkpoint of mmengine's: it must hold {' and '.join(KEPT)}")
-    return {key: content[key] for key in KEPT}
+        content = reading.load(path)
+        weights = checkpoints.state_dict_of(content, path)
+        if any(not isinstance(content.get(key), dict) for key in KEPT):
+            raise RuntimeError(f"{path} is no checkpoint of mmengine's: it must hold {' and '.join(KEPT)}")
+        loading.check_shapes(weights, path)
+    except (OSError, RuntimeError) as error:
+        raise SetupError(str(error)) from error
+    meta = {key: value for key, value in content['meta'].items() if key not in PROGRAMS}
+    # Plain values: PyTorch alone reads no NumPy in a file.
+    meta = apply_to(
+        meta, lambda value: isinstance(value, (np.generic, np.ndarray)), lambda value: value.tolist()
+    )
+    return {'meta': meta, 'state_dict': content['state_dict']}
 
 
 def publish(content: dict, output: Path) -> Path:
@@ -65,6 +77,7 @@ def main() -> None:
     """Publish a checkpoint and print its path."""
     with one_line_errors():
         args = parse_args()
+        check_output(args.output)
         path = publish(read(args.input), Path(args.output))
     print(path)
 

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, i
 
 from mmvig import checkpoints
 from mmvig.backbones import ViG, ViGH
-from mmvig.engine.files import write_whole
+from mmvig.engine import loading
+from mmvig.engine.files import check_output, write_whole
 from mmvig.engine.preflight import SetupError, one_line_errors
 
 OUR_HEAD = 'head.fc'  # mmpretrain's LinearClsHead
@@ -95,12 +96,16 @@ def convert(path: str, to: str) -> dict:
     try:
         state_dict = checkpoints.read(path, prefix='')  # the whole of it, unwrapped
     except (OSError, RuntimeError) as error:
-        raise SetupError(str(error).splitlines()[0]) from error
+        raise SetupError(str(error)) from error
     patterns = name_patterns(list(state_dict))
     if to == 'official':
         patterns = {ours: official for official, ours in patterns.items()}
     problem = f'{path} is no {"mmvig" if to == "official" else "official"} ViG or ViG-H checkpoint'
     renamed = rename(state_dict, patterns, problem)
+    try:
+        loading.check_shapes(state_dict if to == 'official' else renamed, path)
+    except RuntimeError as error:
+        raise SetupError(str(error)) from error
     return {'model': renamed} if to == 'official' else {'meta': {}, 'state_dict': renamed}
 
 
@@ -108,6 +113,7 @@ def main() -> None:
     """Convert a file and print where the result is."""
     with one_line_errors():
         args = parse_args()
+        check_output(args.output, args.input)
         buffer = io.BytesIO()
         torch.save(convert(args.input, args.to), buffer)
         write_whole(args.output, buffer.getbuffer())
