@@ -17,8 +17,8 @@ _SERVER = multiprocessing.get_context('forkserver')
 _SERVER.set_forkserver_preload(['mmvig.compat', 'mmdet.apis', 'mmseg.apis', 'mmpretrain.apis'])
 
 
-def run_tool(script: str, *arguments, cwd: Path) -> CompletedProcess:
-    """Run a program in tools/: its exit status, and what it wrote."""
+def run_tool(script: str, *arguments, cwd: Path, timeout: float | None = None) -> CompletedProcess:
+    """Run a program in tools/: its exit status (-9 where the time ran out), and what it wrote."""
     words = [str(word) for word in (TOOLS / script, *arguments)]
     if script.endswith('.sh'):
         with socket.socket() as free:
@@ -26,14 +26,16 @@ def run_tool(script: str, *arguments, cwd: Path) -> CompletedProcess:
             port = str(free.getsockname()[1])
         env = {**os.environ, **SETTINGS, 'PORT': port}
         return subprocess.run(
-            ['bash', *words], cwd=cwd, env=env, capture_output=True, text=True, check=False
+            ['bash', *words], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=timeout
         )
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ('stdout', 'stderr')]
         process = _SERVER.Process(target=_main, args=(words, str(cwd), [str(path) for path in outputs]))
         process.start()
+        process.join(timeout)
+        process.kill()
         process.join()
-        return CompletedProcess(words, process.exitcode, *(path.read_text() for path in outputs))
+        return CompletedProcess(words, process.exitcode, *map(_written, outputs))
 
 
 def run_well(script: str, *arguments, cwd: Path) -> str:
@@ -43,10 +45,15 @@ def run_well(script: str, *arguments, cwd: Path) -> str:
     return result.stdout
 
 
+def _written(path: Path) -> str:
+    return path.read_text(errors='replace') if path.exists() else ''
+
+
 def _main(words: list[str], cwd: str, outputs: list[str]) -> None:
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(cwd)
+    multiprocessing.set_start_method(None, force=True)  # as in a process that nothing has forked
     os.environ.update(SETTINGS)
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parent))
