@@ -1,42 +1,34 @@
 """What the programs in ``tools/`` share: arguments, reading the config, starting mmengine."""
 
-import difflib
-import inspect
 import logging
 import os
 import sys
-import textwrap
+import traceback
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
-from mmvig import checkpoints
+from mmvig import checkpoints, reading
+from mmvig.engine import loading
+from mmvig.engine.errors import reason
+from mmvig.engine.options import CfgOptions, merge_options
 from mmvig.engine.preflight import SetupError, local_rank
 
 logger = logging.getLogger(__name__)
 
-# Top-level config keys that mmengine's runners read beside Runner's own arguments.
-_RUNNER_KEYS = {
-    *inspect.signature(Runner.__init__).parameters,
-    *('activation_checkpointing', 'compile', 'efficient_conv_bn_eval', 'find_unused_parameters'),
-    *('model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn', 'tta_model', 'tta_pipeline'),
+# What each launcher tells its processes, of which mmengine reads all.
+_LAUNCHERS = {
+    'none': (),
+    'pytorch': ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
 }
-
-
-class _CfgOptions(DictAction):
-    """mmengine's DictAction with an error of one line for what is no KEY=VALUE."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        try:
-            super().__call__(parser, namespace, values, option_string)
-        except (ValueError, AssertionError) as error:
-            raise SetupError(f'--cfg-options takes KEY=VALUE, got {values}: {error}') from error
 
 
 def add_shared_arguments(parser: ArgumentParser) -> None:
@@ -45,39 +37,92 @@ def add_shared_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=_CfgOptions,
+        action=CfgOptions,
         default={},
         metavar='KEY=VALUE',
-        help='override config settings: a.b=1 c="[1,2]" d="[(1,2),(3,4)]" (no spaces inside); '
-        "data_root=DIR moves every path under the config's data_root",
+        help='override config settings: a.b=1 list.0=x c="[1, (2, 3)]" d="dict(type=SGD, lr=0.1)" '
+        """e="'text, with commas'"; data_root=DIR moves every path under the config's data_root""",
     )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    add_trust_argument(parser)
+    parser.add_argument('--launcher', choices=list(_LAUNCHERS), default='none')
     # Both spellings: torch.distributed.launch passed the first before PyTorch 2, the second since.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def add_trust_argument(parser: ArgumentParser) -> None:
+    """Add the flag that lets checkpoint files run code; :func:`trust_checkpoints` heeds it."""
+    parser.add_argument(
+        reading.TRUST_FLAG,
+        action='store_true',
+        help='read checkpoint files even where they may run code as they are read, such as old ones of '
+        'makers you trust; default: tensors and plain values alone',
+    )
+
+
+def trust_checkpoints(args: Namespace) -> None:
+    """Heed what :func:`add_trust_argument` added; before the config is read."""
+    if args.trust_checkpoint:
+        logger.warning('%s: checkpoint files may run code in this process.', reading.TRUST_FLAG)
+        reading.trust()
 
 
 def load_config(args: Namespace) -> Config:
     """Read ``args.config`` and apply the shared arguments to it.
 
     Raises:
-        SetupError: The config cannot be found, or --cfg-options do not fit it.
+        SetupError: The config cannot be read, --cfg-options do not fit it, or --launcher is none that
+            started this process.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    missing = [name for name in _LAUNCHERS[args.launcher] if name not in os.environ]
+    if missing:
+        raise SetupError(
+            f'--launcher {args.launcher} is for processes that it has started, with {missing[0]} in their '
+            'environment: start them with tools/dist_train.sh, dist_test.sh or their slurm_ forms'
+        )
     log_own_messages()
+    trust_checkpoints(args)
     cfg = read_config_file(args.config)
     merge_options(cfg, args.cfg_options)
+    check_complete(cfg)
     cfg.launcher = args.launcher
     # The command line wins over the config, which wins over the config's name.
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     return cfg
 
 
-def read_config_file(path: str) -> Config:
-    """Read a config file.
+def check_complete(cfg: Config) -> None:
+    """Check that a config has all that a runner is built from.
 
     Raises:
-        SetupError: It, or one of its bases, is missing, or it is no config file.
+        SetupError: A key is missing, or the length of the training is no number.
     """
+    if not isinstance(cfg.get('model'), dict):
+        raise SetupError(f'{cfg.filename} has no model to run: expected model = dict(type=..., ...)')
+    train = ('train_dataloader', 'train_cfg', 'optim_wrapper')
+    for keys in (
+        train,
+        *((f'{split}_dataloader', f'{split}_cfg', f'{split}_evaluator') for split in ('val', 'test')),
+    ):
+        missing = [key for key in keys if cfg.get(key) is None]
+        if 0 < len(missing) < len(keys):
+            present = ' and '.join(key for key in keys if key not in missing)
+            raise SetupError(
+                f'{cfg.filename} has {present}, but no {" and no ".join(missing)}: mmengine takes all or none'
+            )
+    for key in ('max_epochs', 'max_iters', 'val_interval'):
+        value = (cfg.get('train_cfg') or {}).get(key, 1)
+        if not isinstance(value, int) or value < 1:
+            raise SetupError(f'train_cfg.{key} must be a whole number from 1 on, got {value!r}')
+
+
+def read_config_file(path: str) -> Config:
+    """Read a config file. From here on mmengine reads files safely: :func:`mmvig.engine.loading.guard`.
+
+    Raises:
+        SetupError: It, or one of its bases, is missing, is no config file or has an error.
+    """
+    loading.guard()
     if not Path(path).is_file():
         raise SetupError(
             f'config is missing: expected at {Path(path).absolute()}; '
@@ -89,52 +134,14 @@ def read_config_file(path: str) -> Config:
         return Config.fromfile(path)
     except FileNotFoundError as error:
         raise SetupError(f'config {path} builds on a file that is missing: {error}') from error
-
-
-def merge_options(cfg: Config, options: dict) -> None:
-    """Merge --cfg-options into a config.
-
-    ``data_root`` moves all paths under the config's ``data_root``: mmengine would set the variable
-    alone, which nothing reads once the config has been evaluated.
-
-    Raises:
-        SetupError: A key's first part is unknown, or a key does not fit the config's structure.
-    """
-    known = _RUNNER_KEYS | set(cfg)
-    for key in options:
-        first = key.partition('.')[0]
-        if first not in known:
-            close = difflib.get_close_matches(first, known, n=1)
-            hint = f'; did you mean {close[0]!r}?' if close else ''
-            raise SetupError(f'--cfg-options {key}: {cfg.filename} has no {first!r}{hint}')
-        if first not in _RUNNER_KEYS and key != 'data_root':
-            logger.warning(
-                '--cfg-options %s: %r is a variable of the config file, read when the file was '
-                'evaluated; set what was made from it instead.',
-                key,
-                first,
-            )
-    if 'data_root' in options:
-        old, new = cfg.data_root.rstrip('/'), str(options['data_root']).rstrip('/')
-        for key, value in cfg.items():
-            cfg[key] = _moved(value, old, new)
-    for key, value in options.items():
-        try:
-            cfg.merge_from_dict({key: value})
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            reason = str(error).strip('"').splitlines()[0][:200]
-            raise SetupError(f'--cfg-options {key} does not fit {cfg.filename}: {reason}') from error
-
-
-def _moved(value, old: str, new: str):
-    """A copy of a config value with every path under ``old`` put under ``new``."""
-    if isinstance(value, dict):
-        return {key: _moved(each, old, new) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(each, old, new) for each in value)
-    if isinstance(value, str) and (value == old or value.startswith(f'{old}/')):
-        return new + value[len(old) :]
-    return value
+    except Exception as error:  # a config is a program, which can fail in any way
+        lines = [
+            line
+            for file, line, *_ in traceback.extract_tb(error.__traceback__)
+            if file == str(Path(path).absolute())
+        ]
+        where = f', line {lines[-1]}' if lines else ''
+        raise SetupError(f'config {path} cannot be read{where}: {reason(error)}') from error
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -151,6 +158,17 @@ def build_runner(cfg: Config) -> Runner:
     return RUNNERS.build(cfg)
 
 
+def build_model(cfg: Config) -> nn.Module:
+    """Build a config's model as mmengine's Runner does, in the registry's current scope.
+
+    A ``data_preprocessor`` at the config's top, as mmpretrain's configs have it, is the model's where that
+    names none.
+    """
+    if cfg.get('data_preprocessor'):
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return MODELS.build(cfg.model)
+
+
 def load_strictly(model: nn.Module, checkpoint: str, prefix: str | None = '') -> nn.Module:
     """Load a checkpoint file that must fit the model exactly; no code in it is run (``weights_only=True``).
 
@@ -158,7 +176,7 @@ def load_strictly(model: nn.Module, checkpoint: str, prefix: str | None = '') ->
 
     Args:
         model: any model, also within DDP or test-time augmentation.
-        checkpoint: a path, or an http(s) URL.
+        checkpoint: a path, a URL, or another address that mmengine knows.
         prefix: of the keys to load, see :func:`mmvig.checkpoints.read`; None where the model is any
             backbone, be the checkpoint its own or a whole model's. Default: '', all keys.
 
@@ -173,9 +191,7 @@ def load_strictly(model: nn.Module, checkpoint: str, prefix: str | None = '') ->
     try:
         model.load_state_dict(checkpoints.read(checkpoint, prefix))
     except (OSError, RuntimeError) as error:
-        reason = '; '.join(line.strip() for line in str(error).splitlines())
-        reason = textwrap.shorten(reason, 400, placeholder=' ...')
-        raise SetupError(f'checkpoint {checkpoint} cannot be loaded: {reason}') from error
+        raise loading.unfit(checkpoint, error) from error
     return model
 
 
