@@ -157,14 +157,26 @@ def test_another_arch_is_refused_on_every_way(tmp_path, official):
     with pytest.raises(RuntimeError, match='does not fit this ViGH'):
         ViGH('base').load_state_dict(official)
     torch.save({'state_dict': Detector('small').state_dict()}, tmp_path / 'detector.pth')
-    with pytest.raises(RuntimeError, match=r'unexpected: stages\.2\.blocks\.5'):
-        load_checkpoint(Detector(), str(tmp_path / 'detector.pth'))  # mmengine's default: not strict
+    with pytest.raises(RuntimeError, match=r'backbone\.stages\.2\.blocks\.5'):
+        load_checkpoint(Detector(), str(tmp_path / 'detector.pth'), strict=True)
 
 
-def test_not_strict_is_not_strict(official):
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_not_strict_is_not_strict(official, prefix):
+    """The backbone by itself and as a part of a detector: what does not fit is reported, the rest loaded."""
     partial = {name: value for name, value in official.items() if name.startswith('patch_embed')}
-    result = ViGH('tiny').load_state_dict(partial, strict=False)
-    assert 'stages.0.blocks.0.norm1.weight' in result.missing_keys
+    partial['layers.0.blocks.0.extra.weight'] = torch.zeros(1)
+    model = ViGH('tiny') if not prefix else Detector()
+    partial = {prefix + name: value for name, value in partial.items()}
+    result = model.load_state_dict(partial, strict=False)
+    assert f'{prefix}stages.0.blocks.0.norm1.weight' in result.missing_keys
+    assert result.unexpected_keys == [f'{prefix}layers.0.blocks.0.extra.weight']
+    stem = getattr(model, 'backbone', model).stem
+    assert torch.equal(stem.down1.conv.weight, official['patch_embed.0.weight'])
+    with pytest.raises(RuntimeError, match=r'stages\.0\.blocks\.0\.norm1\.weight'):
+        model.load_state_dict(partial)
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        model.load_state_dict({f'{prefix}patch_embed.0.bias': torch.zeros(5)}, strict=False)
 
 
 def test_loading_leaves_the_callers_dict_alone(official):

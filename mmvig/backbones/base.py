@@ -1,6 +1,6 @@
 """What the backbones share: checked options, freezing, and strict loading of checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor
@@ -26,6 +26,7 @@ class Backbone(BaseModule):
         init_cfg: mmengine's initialisation.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is out of its range.
     """
 
@@ -49,26 +50,33 @@ class Backbone(BaseModule):
         init_cfg: dict | list[dict] | None,
     ):
         super().__init__(init_cfg=init_cfg)
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate}')
+        if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
+        check_positive_ints(in_channels=[in_channels])
+        if not isinstance(with_cp, bool):
+            raise TypeError(f'with_cp must be True or False, got {with_cp!r}')
         self.in_channels = in_channels
         self.num_units = num_units
         self.out_indices = self._parse_out_indices(out_indices)
         num_built = max(self.out_indices) + 1
-        if not -1 <= frozen_stages <= num_built:
-            raise ValueError(f'frozen_stages must be in -1..{num_built}, got {frozen_stages}')
+        if type(frozen_stages) is not int or not -1 <= frozen_stages <= num_built:
+            raise ValueError(f'frozen_stages must be in -1..{num_built}, got {frozen_stages!r}')
         self.frozen_stages = frozen_stages
-        self._strict_loading = True
         self._graphs = Graphs(cuda_graphs, with_cp)
 
-    def _parse_out_indices(self, out_indices: Sequence[int]) -> tuple[int, ...]:
-        out_indices = tuple(sorted(out_indices))
-        if not out_indices or len(set(out_indices)) != len(out_indices):
+    def _parse_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
+        indices = [out_indices] if type(out_indices) is int else out_indices
+        if not isinstance(indices, (list, tuple, range)) or any(type(i) is not int for i in indices):
+            raise TypeError(f'out_indices must be an int or a list of ints, got {out_indices!r}')
+        if not all(-self.num_units <= i < self.num_units for i in indices):
+            raise ValueError(
+                f'out_indices must be in {-self.num_units}..{self.num_units - 1}, got {out_indices}'
+            )
+        parsed = tuple(sorted(i % self.num_units for i in indices))
+        if not parsed or len(set(parsed)) != len(parsed):
             unit = self.units.removesuffix('s')
             raise ValueError(f'out_indices must name at least one {unit}, each once, got {out_indices}')
-        if not all(0 <= i < self.num_units for i in out_indices):
-            raise ValueError(f'out_indices must be in 0..{self.num_units - 1}, got {out_indices}')
-        return out_indices
+        return parsed
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < self.min_side:
@@ -111,23 +119,53 @@ class Backbone(BaseModule):
             options = {key: value for key, value in cfg.items() if key != 'type'}
             self.load_state_dict(checkpoints.read(**options))
 
-    def load_state_dict(self, state_dict: dict, strict: bool = True, assign: bool = False):
-        """Load official or our own names, also when wrapped as a checkpoint file holds them."""
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """Load official or our own names, also when wrapped as a checkpoint file holds them.
+
+        Args:
+            state_dict: the state dict, or what a checkpoint file holds.
+            strict: whether missing and unexpected keys are an error. Default: True.
+            assign: see ``torch.nn.Module.load_state_dict``.
+
+        Returns:
+            ``missing_keys`` and ``unexpected_keys``, by our names.
+
+        Raises:
+            RuntimeError: a shape does not match, or with ``strict`` anything else.
+        """
         state_dict = dict(checkpoints.unwrap(state_dict))
-        if not strict:
-            checkpoints.adapt(self, state_dict, prefix='', strict=False)
-        self._strict_loading, previous = strict, self._strict_loading
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        finally:
-            self._strict_loading = previous
+        self._adapt(state_dict, '', strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _adapt(self, state_dict: dict, prefix: str, strict: bool) -> None:
+        """Give what is to be loaded our names, in place; see :func:`mmvig.checkpoints.adapt`."""
+        checkpoints.adapt(self, state_dict, prefix, strict)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # Reached on every way to load: also as a part of a detector, and by mmengine, which only warns.
-        if self._strict_loading:
-            checkpoints.adapt(self, state_dict, prefix)
+        # Reached on every way to load, also as a part of a detector. Who loads hears of what does not fit.
+        self._adapt(state_dict, prefix, strict=False)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _checkpoint_filter(self, state_dict: dict, prefix: str, *args) -> None:
         # The name that mmpretrain's ImageClassifier calls whenever it is loaded.
         checkpoints.adapt_classifier(self, state_dict, prefix)
+
+
+def parse_arch(arch: str | dict, archs: dict[str, dict]) -> tuple[str | None, dict]:
+    """The name of an architecture in ``archs``, None for one of the user's own, and its settings."""
+    if isinstance(arch, str) and arch.lower() in archs:
+        return arch.lower(), archs[arch.lower()]
+    if isinstance(arch, dict):
+        return None, dict(arch)
+    kind = ValueError if isinstance(arch, str) else TypeError
+    raise kind(f'arch must be one of {list(archs)} or a dict, got {arch!r}')
+
+
+def check_positive_ints(**values: Sequence[int]) -> None:
+    """Raise an error that names the first of the arguments with an entry that is no int of at least 1."""
+    for name, entries in values.items():
+        for value in entries:
+            if type(value) is not int:
+                raise TypeError(f'{name} must be int, got {value!r}')
+            if value < 1:
+                raise ValueError(f'{name} must be positive, got {value}')

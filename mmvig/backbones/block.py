@@ -5,10 +5,17 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from mmvig.backbones.layers import DWConv, LayerNorm, RMSNorm, SwiGLU, fused_backend
+from mmvig.backbones.layers import (
+    DWConv,
+    SwiGLU,
+    add_and_normalise,
+    fused_backend,
+    is_plain_norm,
+    is_plain_projection,
+)
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.ops.bigla import MAX_WIDTH as MAX_HEAD_DIM
-from mmvig.ops.choice import autocast_dtype, has_global_hooks, has_hooks, use_triton
+from mmvig.ops.choice import autocast_dtype, is_plain, use_triton
 from mmvig.ops.norm import MAX_WIDTH
 
 Factors = tuple[Tensor | None, Tensor | None]
@@ -21,21 +28,24 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Factors:
-        """The factors of each sample of a batch of maps."""
-        return draw_factors([self], x)[0]
+    def forward(self, branch: Tensor) -> Tensor:
+        """The branch [B, ...] times 0, or 1 / (1 - rate), by sample; blocks need not call it."""
+        ((scale, _),) = draw_factors([self], branch)
+        return branch if scale is None else branch * scale.view(-1, *[1] * (branch.ndim - 1))
 
     def extra_repr(self) -> str:
         """Show the rate in ``print(model)``."""
         return f'rate={self.rate:.3f}'
 
 
-def draw_factors(drop_paths: Iterable[DropPath], x: Tensor) -> list[Factors]:
+def draw_factors(drop_paths: Iterable[nn.Module], x: Tensor) -> list[Factors]:
     """The factors [B] of each sample in the two branches of each block, drawn at once for all of them.
 
-    0, or 1 / (1 - rate) where kept; None if all are kept.
+    0, or 1 / (1 - rate) where kept; None if all are kept, or the block calls what is no plain DropPath.
     """
-    rates = [module.rate if module.training else 0.0 for module in drop_paths]
+    rates = [
+        module.rate if is_plain(module, DropPath) and module.training else 0.0 for module in drop_paths
+    ]
     keep = [1 - rate for rate in rates for _ in range(2) if rate > 0]
     if not keep:
         return [(None, None)] * len(rates)
@@ -49,8 +59,7 @@ def draw_factors(drop_paths: Iterable[DropPath], x: Tensor) -> list[Factors]:
     return [next(pairs) if rate > 0 else (None, None) for rate in rates]
 
 
-# What one operator computes the same as the modules do.
-PLAIN = frozenset((nn.Linear, nn.RMSNorm, DWConv, DropPath, GatedTokenMixer, LayerNorm, RMSNorm, SwiGLU))
+NORMS = nn.LayerNorm, nn.RMSNorm
 
 
 class Block(nn.Module):
@@ -58,7 +67,7 @@ class Block(nn.Module):
 
     Each sum is left to the norm after it, which computes both in one pass: a block takes x with the branch
     still to be added, and returns the like. On a GPU all of it is one operator (:mod:`mmvig.ops.block`),
-    unless a submodule has been replaced or has hooks: then the modules run one by one.
+    unless one of its modules does anything else than its type: then they run one by one.
     """
 
     def __init__(
@@ -89,60 +98,51 @@ class Block(nn.Module):
         ``factors``: those of DropPath, where they have been drawn already.
         """
         dtype = autocast_dtype(x)
-        scales = self.drop_path(x) if factors is None else factors
-        if self._is_one_operator(x):
-            return *self._run(x, branch, scale, scales[0], dtype), scales[1]
-        x, y = self.norm1(x, branch, scale, dtype=dtype)
-        x, y = self.norm2(x, self.mixer(y), scales[0], dtype=dtype)
-        return x, self.mlp(y), scales[1]
+        scales = draw_factors([self.drop_path], x)[0] if factors is None else factors
+        weights = self._operands(x)
+        if weights is not None:
+            from mmvig.ops.block import block_op
 
-    def _is_one_operator(self, x: Tensor) -> bool:
-        mixer = self._modules['mixer']
-        head_dim = x.shape[-1] // mixer.num_heads if type(mixer) is GatedTokenMixer else 0
-        if not 0 < head_dim <= MAX_HEAD_DIM or x.shape[-1] > MAX_WIDTH:
-            return False
-        runs = use_triton('mmvig.ops.bigla', self.backend, x) and use_triton(
-            'mmvig.ops.dwconv', self.backend, x
-        )
-        return runs and self._is_plain()
+            mixer = self.mixer
+            options = mixer.num_heads, self.norm1.eps, mixer.norm_long.eps, mixer.conv_act, mixer.out_act
+            return *block_op(x, branch, scale, scales[0], *weights, *options, dtype)[:2], scales[1]
+        x, y = add_and_normalise(self.norm1, x, branch, scale, self.backend, dtype)
+        branch = self._drop(self.mixer(y))
+        x, y = add_and_normalise(self.norm2, x, branch, scales[0], self.backend, dtype)
+        return x, self._drop(self.mlp(y)), scales[1]
 
-    def _is_plain(self) -> bool:
-        if has_global_hooks():
-            return False
-        # nn.Module's own look-up of submodules takes longer than all else here.
-        modules = self._modules
-        children = *modules.values(), *modules['mixer']._modules.values(), *modules['mlp']._modules.values()
-        for child in children:
-            if type(child) not in PLAIN or has_hooks(child):
-                return False
-        return modules['norm1'].eps == modules['norm2'].eps
+    def _drop(self, branch: Tensor) -> Tensor:
+        """The branch as it is where its factors are drawn for all blocks at once."""
+        return branch if is_plain(self.drop_path, DropPath) else self.drop_path(branch)
 
-    def _run(
-        self,
-        x: Tensor,
-        branch: Tensor | None,
-        scale: Tensor | None,
-        branch_scale: Tensor | None,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        from mmvig.ops.block import block_op
+    def _operands(self, x: Tensor) -> tuple[Tensor | None, ...] | None:
+        """The weights in the order of the block's operator; None where modules do what it does not."""
+        mixer, mlp, channels = self.mixer, self.mlp, x.shape[3]
+        containers = (mixer, GatedTokenMixer), (mlp, SwiGLU), (self.drop_path, DropPath)
+        if not all(is_plain(module, kind) for module, kind in containers):
+            return None
+        head_dim = channels // mixer.num_heads
+        if head_dim > MAX_HEAD_DIM or channels > MAX_WIDTH:
+            return None
+        if not all(use_triton(f'mmvig.ops.{name}', self.backend, x) for name in ('bigla', 'dwconv')):
+            return None
 
-        modules = self._modules
-        mixer, norm1, norm2 = modules['mixer'], modules['norm1'], modules['norm2']
-        of_mixer, of_mlp = mixer._modules, modules['mlp']._modules
-        up, gate, norm_long = of_mixer['decay_up'], of_mixer['mix_gate'], of_mixer['norm_long']
-        return block_op(
-            x, branch, scale, branch_scale, _get(norm1, 'weight'), _get(norm1, 'bias'),
-            _get(of_mixer['dwconv'], 'weight'), _get(of_mixer['qkv'], 'weight'), _get(gate, 'weight'),
-            _get(gate, 'bias'), _get(of_mixer['decay_down'], 'weight'), _get(up, 'weight'),
-            _get(up, 'bias'), _get(norm_long, 'weight'), _get(of_mixer['norm_short'], 'weight'),
-            _get(of_mixer['out'], 'weight'), _get(norm2, 'weight'), _get(norm2, 'bias'),
-            _get(of_mlp['fc1'], 'weight'), _get(of_mlp['fc2'], 'weight'),
-            mixer.num_heads, norm1.eps, norm_long.eps, mixer.conv_act, mixer.out_act, dtype,
-        )[:2]  # fmt: skip
-
-
-def _get(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter; nn.Module's own look-up takes longer, but also finds what FSDP sets in its place."""
-    parameter = module._parameters.get(name)
-    return getattr(module, name, None) if parameter is None else parameter
+        norm1, norm2, norm_long, norm_short = self.norm1, self.norm2, mixer.norm_long, mixer.norm_short
+        conv, qkv, gate, out = mixer.dwconv, mixer.qkv, mixer.mix_gate, mixer.out
+        down, up, fc1, fc2 = mixer.decay_down, mixer.decay_up, mlp.fc1, mlp.fc2
+        if not (
+            all(is_plain_norm(norm, channels, NORMS) for norm in (norm1, norm2))
+            and all(is_plain_norm(norm, head_dim, NORMS[1:]) for norm in (norm_long, norm_short))
+            and (norm1.eps, norm_long.eps) == (norm2.eps, norm_short.eps)
+            and all(is_plain_projection(linear) for linear in (qkv, down, out, fc1, fc2))
+            and all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in (gate, up))
+            and is_plain(conv, DWConv)
+            and conv.is_as_built()
+        ):
+            return None
+        bias1, bias2 = (None if type(norm) is nn.RMSNorm else norm.bias for norm in (norm1, norm2))
+        return (
+            norm1.weight, bias1, conv.weight, qkv.weight, gate.weight, gate.bias, down.weight, up.weight,
+            up.bias, norm_long.weight, norm_short.weight, out.weight, norm2.weight, bias2, fc1.weight,
+            fc2.weight,
+        )  # fmt: skip

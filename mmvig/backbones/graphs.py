@@ -18,13 +18,18 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmvig.ops.choice import has_global_hooks, has_hooks, is_watched
+from mmvig.ops.choice import (
+    PLAIN_TENSORS,
+    has_global_hooks,
+    has_hooks,
+    has_own_forward,
+    is_watched,
+)
 
 CALLS = 3  # the call with a kind of input that captures
 CALLS_IN_A_ROW = 5  # with 'auto', and no other kind may come between
 WORTH = 50  # replays for which a capture was worth its time
 WARM_UPS = 3  # as many as PyTorch's own function runs before a capture
-PLAIN = frozenset((Tensor, nn.Parameter))
 _capturing = threading.Lock()  # on one stream
 
 
@@ -160,7 +165,12 @@ class _Run:
 
 
 def _is_plain(x: Tensor) -> bool:
-    if type(x) not in PLAIN or not x.is_cuda or is_watched() or torch.cuda.is_current_stream_capturing():
+    if (
+        type(x) not in PLAIN_TENSORS
+        or not x.is_cuda
+        or is_watched()
+        or torch.cuda.is_current_stream_capturing()
+    ):
         return False
     return not torch.is_grad_enabled() or not (torch.is_anomaly_enabled() or _has_saved_tensors_hooks())
 
@@ -211,8 +221,8 @@ def _autocast_dtype() -> torch.dtype | None:
 def _state_of(backbone: nn.Module) -> tuple[list, list] | None:
     """What a graph holds of a backbone: its modules, and where parameters and buffers are.
 
-    None if a replay would miss something: hooks of submodules, subclasses of Tensor, or parameters that are
-    elsewhere, as FSDP's.
+    None if a replay would miss something: hooks of submodules or a ``forward`` of their own, subclasses of
+    Tensor, or parameters that are elsewhere, as FSDP's.
     """
     if has_global_hooks():
         return None
@@ -220,14 +230,15 @@ def _state_of(backbone: nn.Module) -> tuple[list, list] | None:
     while rest:
         module = rest.pop()
         if module is not backbone:  # its own hooks are called outside, and holding it would make a cycle
-            if has_hooks(module):
+            if has_hooks(module) or has_own_forward(module):
                 return None
-            modules += module, module.training, getattr(module, 'rate', None)
+            own = module.__dict__
+            modules += module, module.training, own.get('rate'), own.get('eps')
         for members in (module._parameters, module._buffers):
             for tensor in members.values():
                 if tensor is None:
                     continue
-                if type(tensor) not in PLAIN:
+                if type(tensor) not in PLAIN_TENSORS:
                     return None
                 tensors += id(tensor), tensor.data_ptr(), tensor.requires_grad
         rest += [child for child in module._modules.values() if child is not None]

@@ -1,5 +1,8 @@
 """The small layers that both families are built of; channels last, ``[B, H, W, C]``.
 
+A parent computes what a child does only where the child is exactly what its type says (``is_plain``), and
+calls it otherwise: hooks, replaced and wrapped modules, parametrisations and weights of other types count.
+
 ``backend`` is a model's: 'auto' has norms, depthwise convolutions, gates and activations on fused kernels
 where they can run, 'triton' insists on them, anything else takes PyTorch's.
 """
@@ -8,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvig.ops.choice import autocast_dtype, is_plain, use_triton
+from mmvig.ops.choice import PLAIN_TENSORS, autocast_dtype, is_plain, is_watched, use_triton
 from mmvig.ops.conv_norm import conv_norm, takes
 from mmvig.ops.dwconv import dwconv3x3
 from mmvig.ops.linear import MIN_WIDTH, apply_linear, linear
-from mmvig.ops.norm import add_norm, norm
+from mmvig.ops.norm import ACTIVATIONS, add, add_norm, norm
 from mmvig.ops.swiglu import swiglu
 
 
@@ -28,32 +31,88 @@ def use_any_device(model: nn.Module) -> None:
             module.backend = 'auto'
 
 
-class _ResidualNorm:
-    """What LayerNorm and RMSNorm add to PyTorch's: the residual connection before them, in one pass."""
+def is_plain_projection(module: nn.Module) -> bool:
+    """Whether a module is a linear layer without bias and nothing else."""
+    return is_plain(module, nn.Linear) and module.bias is None
 
-    def __init__(self, channels: int, backend: str, **options):
-        super().__init__(channels, **options)
-        self.backend = fused_backend(backend)
 
-    def forward(
-        self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None, **options
-    ) -> tuple[Tensor, Tensor]:
-        """(x, norm(x)) where there is no branch, else (s, norm(s)) with s = x + scale * branch.
+def dtype_of(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of a module's weight, the default where it has none."""
+    weight = getattr(module, 'weight', None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else default
 
-        ``options``: see :func:`mmvig.ops.norm.add_norm`.
-        """
-        weights = self.weight, getattr(self, 'bias', None), self.eps
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a map, ``[B, C, H, W]`` -> ``[B, C, H, W]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each pixel's channels."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+
+class RMSNorm2d(nn.RMSNorm):
+    """RMSNorm over the channels of a map, ``[B, C, H, W]`` -> ``[B, C, H, W]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each pixel's channels."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+
+def is_plain_norm(module: nn.Module, channels: int, kinds: tuple[type, ...]) -> bool:
+    """Whether a module is a LayerNorm or RMSNorm as mmvig.ops.norm computes it, of one of these types."""
+    return (
+        type(module) in kinds
+        and is_plain(module, type(module))
+        and module.normalized_shape == (channels,)
+        and module.weight is not None
+        and module.eps is not None  # RMSNorm: then it depends on the dtype
+        and (isinstance(module, nn.RMSNorm) or module.bias is not None)
+    )
+
+
+def add_and_normalise(
+    module: nn.Module,
+    x: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    backend: str,
+    dtype: torch.dtype | None = None,
+    as_map: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Residual connection s = x + scale * branch and a norm of s, in one pass where the norm is plain.
+
+    Args:
+        module: the norm, ``[B, H, W, C]`` -> ``[B, H, W, C]``.
+        x: maps ``[B, H, W, C]``.
+        branch: alike; None: s is x.
+        scale: factor of each sample ``[B]``; None: 1.
+        backend: 'auto', 'torch' or 'triton'.
+        dtype: of the norm's result; None: x's.
+        as_map: whether the result is a contiguous ``[B, C, H, W]``. The module then takes and returns
+            such maps, as :class:`LayerNorm2d` does; PyTorch's LayerNorm and RMSNorm, which cannot, are
+            given channels last. Default: False.
+
+    Returns:
+        s and the norm of s.
+    """
+    dtype = dtype or x.dtype
+    kinds = (LayerNorm2d, RMSNorm2d) if as_map else (nn.LayerNorm, nn.RMSNorm)
+    if is_plain_norm(module, x.shape[3], kinds):
+        rms = isinstance(module, nn.RMSNorm)
+        weights = module.weight, None if rms else module.bias, module.eps
+        options = {'rms': rms, 'dtype': dtype, 'channels_first': as_map, 'backend': backend}
         if branch is None:
-            return x, norm(x, *weights, backend=self.backend, **options)
-        return add_norm(x, branch, scale, *weights, backend=self.backend, **options)
-
-
-class LayerNorm(_ResidualNorm, nn.LayerNorm):
-    """LayerNorm over channels of x, or of the sum of x and a residual branch."""
-
-
-class RMSNorm(_ResidualNorm, nn.RMSNorm):
-    """RMSNorm over channels of x, or of the sum of x and a residual branch."""
+            return x, norm(x, *weights, **options)
+        return add_norm(x, branch, scale, *weights, **options)
+    x = x if branch is None else add(x, branch, scale)
+    s = x.to(dtype_of(module, x.dtype))  # norms take no mixture of dtypes everywhere
+    if not as_map:
+        y = module(s)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and not isinstance(module, kinds):
+        y = module(s).permute(0, 3, 1, 2).contiguous()
+    else:
+        y = module(s.permute(0, 3, 1, 2)).contiguous()
+    return x, y.to(dtype)
 
 
 class ConvNorm(nn.Module):
@@ -79,41 +138,72 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C_in] -> [B, H', W', C_out], in float32 under autocast unless an activation follows."""
-        conv, weights = self.conv, (self.norm.weight, self.norm.bias, self.norm.eps)
+        conv = self.conv
         # The residual connections start where no activation follows.
-        dtype = self.norm.weight.dtype if self.act == 'none' else autocast_dtype(x)
+        dtype = dtype_of(self.norm, x.dtype) if self.act == 'none' else autocast_dtype(x)
+        plain = _is_plain_conv(conv)
+        plain_norm = plain and is_plain_norm(self.norm, conv.out_channels, (nn.LayerNorm,))
+        if plain_norm and use_triton('mmvig.ops.norm', self.backend, x):
+            return self._fused(x, dtype)
+        if plain and _is_product(conv, x):
+            x = _conv_by_product(conv, x)
+        else:
+            x = x.permute(0, 3, 1, 2)
+            if torch.compiler.is_compiling() or not is_watched():  # torch.func knows no memory formats
+                x = x.contiguous(memory_format=torch.channels_last)
+            x = conv(x).permute(0, 2, 3, 1)
+        x = self.norm(x.to(dtype_of(self.norm, x.dtype)))  # norms take no mixture of dtypes everywhere
+        return ACTIVATIONS[self.act](x).to(dtype)
+
+    def _fused(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """:meth:`forward` on Triton's kernels."""
+        conv, weights = self.conv, (self.norm.weight, self.norm.bias, self.norm.eps)
         options = {'act': self.act, 'dtype': dtype, 'backend': self.backend}
-        plain = is_plain(conv, nn.Conv2d)
-        fused = plain and use_triton('mmvig.ops.norm', self.backend, x)
-        if fused and takes(x, conv.weight):
+        if takes(x, conv.weight):
             return conv_norm(x, conv.weight, conv.bias, *weights, stride=conv.stride[0], **options)
-        if fused and torch.compiler.is_compiling():  # Inductor must not know it, see there
+        # The convolution's bias with the norm: PyTorch's add it in a pass of its own.
+        options['shift'] = conv.bias
+        if torch.compiler.is_compiling():  # Inductor must not know it, see there
             from mmvig.ops.conv import conv_op
 
             low = autocast_dtype(x)
-            x = conv_op(x.to(low), conv.weight.to(low), conv.stride[0])
-            return norm(x, *weights, shift=conv.bias, **options)
-        if plain and _few_patches(conv, x):
-            return norm(_conv_by_product(conv, x), *weights, **options)
+            return norm(conv_op(x.to(low), conv.weight.to(low), conv.stride[0]), *weights, **options)
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-        if fused:
-            # Its bias with the norm: PyTorch's convolutions on a GPU add it in a pass of its own.
-            x, options['shift'] = F.conv2d(x, conv.weight, None, conv.stride, conv.padding), conv.bias
-        else:
-            x = conv(x)
+        x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
         return norm(x.permute(0, 2, 3, 1), *weights, **options)
 
 
-def _few_patches(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a convolution on a CPU is to be a product, its patches taking less memory than its weight.
+def _is_plain_conv(conv: nn.Module) -> bool:
+    """Whether a module is a convolution as ConvNorm has built it."""
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.bias is not None
+        and conv.stride[0] == conv.stride[1]
+        and (conv.padding, conv.dilation, conv.groups) == ((1, 1), (1, 1), 1)
+        and conv.padding_mode == 'zeros'
+    )
 
-    PyTorch's copies the weight twice a call, and malloc may give what it frees back to the system, for page
-    faults later: without, ViG-H-T takes 8 % less time at 224x224.
+
+def _is_product(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a plain convolution on a CPU is to be a product.
+
+    - Where its patches take less memory than its weight: PyTorch's copies the weight twice a call, and
+      malloc may give what it frees back to the system, for page faults later: without, ViG-H-T takes 8 %
+      less time at 224x224.
+    - Where the result in bf16 has one or two columns or rows: PyTorch 2.14's is wrong there with AMX.
     """
-    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+    if x.device.type != 'cpu' or _is_exporting():
         return False
-    height, width = ((n + 2 - conv.kernel_size[0]) // conv.stride[0] + 1 for n in x.shape[1:3])
-    return 0 < x.shape[0] * height * width < conv.out_channels
+    height, width = (
+        (n + 2 - k) // conv.stride[0] + 1 for n, k in zip(x.shape[1:3], conv.kernel_size, strict=True)
+    )
+    if autocast_dtype(x) == torch.bfloat16 and min(height, width) <= 2:
+        return True
+    return not torch.compiler.is_compiling() and 0 < x.shape[0] * height * width < conv.out_channels
+
+
+# An exported graph may not branch on sizes that it leaves open.
+_is_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
 
 
 def _conv_by_product(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -132,7 +222,17 @@ class DWConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
-        return dwconv3x3(x, self.weight, backend=self.backend)
+        if self.is_as_built():
+            return dwconv3x3(x, self.weight, backend=self.backend)
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def is_as_built(self) -> bool:
+        """Whether nobody has changed its stride, padding or dilation, given it a bias or another tensor."""
+        return (
+            self.stride == self.padding == self.dilation == (1, 1)
+            and self.bias is None
+            and type(self.weight) in PLAIN_TENSORS
+        )
 
 
 class SwiGLU(nn.Module):
@@ -150,6 +250,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
+        if not is_plain_projection(self.fc2):
+            a, b = apply_linear(self.fc1, x).chunk(2, dim=-1)
+            return self.fc2(F.silu(a) * b)
         if self._in_halves(x):
             a, b = (linear(x, weight) for weight in self.fc1.weight.chunk(2))
             return linear(F.silu(a, inplace=True).mul_(b), self.fc2.weight)
@@ -167,5 +270,5 @@ class SwiGLU(nn.Module):
             and x.shape[-1] < MIN_WIDTH
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and is_plain(self.fc1, nn.Linear)
+            and is_plain_projection(self.fc1)
         )

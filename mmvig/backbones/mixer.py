@@ -1,9 +1,16 @@
 """The gated token mixer of ViG: short (3x3) and long (BiGLA) context, mixed by a learned gate."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvig.backbones.layers import DWConv, fused_backend
+from mmvig.backbones.layers import (
+    DWConv,
+    dtype_of,
+    fused_backend,
+    is_plain_norm,
+    is_plain_projection,
+)
 from mmvig.ops.bigla import bigla_packed, check_backend
 from mmvig.ops.gated_mix import gated_mix
 from mmvig.ops.linear import apply_linear
@@ -72,9 +79,23 @@ class GatedTokenMixer(nn.Module):
         decay_gates = self.decay_up(apply_linear(self.decay_down, tokens))
         qkv = apply_linear(self.qkv, tokens)
         o = bigla_packed(qkv, decay_gates, self.num_heads, backend=self.backend)
-
-        weights = self.norm_long.weight, self.norm_short.weight, self.out.weight
-        options = {'act': self.out_act, 'backend': fused_backend(self.backend)}
         gate = apply_linear(self.mix_gate, tokens)
-        y = gated_mix(o, gate, tokens, *weights, self.norm_long.eps, **options)
-        return y.view(x.shape)
+        if self._has_plain_mix(x.shape[3]):
+            weights = self.norm_long.weight, self.norm_short.weight, self.out.weight
+            options = {'act': self.out_act, 'backend': fused_backend(self.backend)}
+            return gated_mix(o, gate, tokens, *weights, self.norm_long.eps, **options).view(x.shape)
+        long, short = (
+            norm(each.unflatten(-1, (self.num_heads, -1)).to(dtype_of(norm, each.dtype))).flatten(-2)
+            for norm, each in ((self.norm_long, o), (self.norm_short, tokens))
+        )
+        y = torch.lerp(short, long, gate.sigmoid().to(short.dtype))
+        return self.out(F.silu(y) if self.out_act else y).view(x.shape)
+
+    def _has_plain_mix(self, channels: int) -> bool:
+        """Whether norms and projection of the mix do what :func:`gated_mix` computes."""
+        head_dim, norms = channels // self.num_heads, (self.norm_long, self.norm_short)
+        return (
+            all(is_plain_norm(norm, head_dim, (nn.RMSNorm,)) for norm in norms)
+            and self.norm_long.eps == self.norm_short.eps
+            and is_plain_projection(self.out)
+        )

@@ -15,9 +15,9 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvig.backbones.base import Backbone
+from mmvig.backbones.base import Backbone, check_positive_ints, parse_arch
 from mmvig.backbones.block import Block, draw_factors
-from mmvig.backbones.layers import ConvNorm, RMSNorm, SwiGLU
+from mmvig.backbones.layers import ConvNorm, RMSNorm2d, SwiGLU, add_and_normalise, fused_backend
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.registry import MODELS
 
@@ -57,15 +57,17 @@ class ViG(Backbone):
     resized (bicubic) to any other grid than its own, per image and when a checkpoint is loaded.
 
     Args:
-        arch: 'tiny', 'small', 'base', or a dict with ``embed_dims`` (a multiple of twice the heads),
-            ``depth``, ``num_heads`` and, optionally, ``conv_act`` and ``out_act``: whether the mixer has a
-            SiLU after its depthwise convolution and one before its output projection (default: False;
-            True in 'tiny'). Default: 'tiny'.
+        arch: 'tiny', 'small', 'base' in any case, or a dict with ``embed_dims`` (a multiple of twice the
+            heads), ``depth``, ``num_heads`` and, optionally, ``conv_act`` and ``out_act``: whether the
+            mixer has a SiLU after its depthwise convolution and one before its output projection (default:
+            False; True in 'tiny'). Default: 'tiny'.
         in_channels: channels of the image. Default: 3.
         img_size: side of the square image whose grid the position embedding has, at least 7.
             Default: 224, a grid of 14 x 14.
-        out_indices: blocks, from 0, whose normalised maps are returned, lowest first. The last block's norm
-            is the published model's final norm. Default: None, the last block.
+        out_indices: blocks, from 0, whose normalised maps are returned, lowest first; a negative index
+            counts from the last, an int is one block. Map i is what the module ``norm{i}`` returns, so that
+            is the layer to hook. The last block's norm is the published model's final norm. Default: None,
+            the last block.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first. None:
             the published 0 / 0.2 / 0.5 for tiny / small / base, 0 for a dict. Default: None.
         frozen_stages: -1 freezes nothing, 0 the stem and the position embedding, i > 0 also the first i
@@ -81,6 +83,7 @@ class ViG(Backbone):
             submodule's keys. Default: None, the published initialisation.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is out of its range.
 
     Example:
@@ -99,7 +102,7 @@ class ViG(Backbone):
         arch: str | dict = 'tiny',
         in_channels: int = 3,
         img_size: int = 224,
-        out_indices: Sequence[int] | None = None,
+        out_indices: int | Sequence[int] | None = None,
         drop_path_rate: float | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
@@ -107,17 +110,19 @@ class ViG(Backbone):
         backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
     ):
-        channels, depth, mixer = _parse_arch(arch)
+        name, arch = parse_arch(arch, ARCHS)
+        channels, depth, mixer = _check_arch(arch)
         if drop_path_rate is None:
-            drop_path_rate = DROP_PATH_RATES[arch] if isinstance(arch, str) else 0.0
+            drop_path_rate = DROP_PATH_RATES.get(name, 0.0)
         if out_indices is None:
             out_indices = (depth - 1,)
-        if not isinstance(img_size, int) or img_size < self.min_side:
+        if type(img_size) is not int or img_size < self.min_side:
             raise ValueError(f'img_size must be an int of at least {self.min_side}, got {img_size!r}')
         super().__init__(
             depth, in_channels, out_indices, drop_path_rate, frozen_stages, with_cp, cuda_graphs, init_cfg
         )
         self.depths = (depth,)
+        self.backend = fused_backend(backend)
         self.num_features = [channels]
         self.with_cp = with_cp
 
@@ -125,7 +130,7 @@ class ViG(Backbone):
         self.pos_embed = nn.Parameter(torch.empty(1, tokens_along(img_size) ** 2, channels))
         self.blocks = nn.ModuleList(
             Block(
-                partial(RMSNorm, channels, backend, eps=1e-6),
+                partial(nn.RMSNorm, channels, eps=1e-6),
                 GatedTokenMixer(channels, backend=backend, **mixer),
                 SwiGLU(channels, 256, backend),
                 drop_path_rate * i / max(depth - 1, 1),
@@ -134,7 +139,7 @@ class ViG(Backbone):
             for i in range(max(self.out_indices) + 1)
         )
         for i in self.out_indices:
-            self.add_module(f'norm{i}', RMSNorm(channels, backend, eps=1e-6))
+            self.add_module(f'norm{i}', RMSNorm2d(channels, eps=1e-6))
         self._initialise()
         self._freeze()
 
@@ -176,7 +181,8 @@ class ViG(Backbone):
             else:
                 state = block(*state, of_block)
             if i in self.out_indices:
-                x, y = getattr(self, f'norm{i}')(*state, channels_first=True)
+                norm = getattr(self, f'norm{i}')
+                x, y = add_and_normalise(norm, *state, self.backend, as_map=True)
                 maps.append(y)
                 state = x, None, None
         return tuple(maps)
@@ -194,13 +200,13 @@ class ViG(Backbone):
         if self.frozen_stages >= 0:
             self.pos_embed.requires_grad_(False)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+    def _adapt(self, state_dict: dict, prefix: str, strict: bool) -> None:
         loaded, own = state_dict.get(f'{prefix}pos_embed'), self.pos_embed
         if loaded is not None and _is_other_grid(loaded, own):
             old, new = math.isqrt(loaded.shape[1]), math.isqrt(own.shape[1])
             state_dict[f'{prefix}pos_embed'] = _resize(loaded.to(own.dtype), new, new).flatten(1, 2)
             print_log(f'pos_embed: resized from {old} x {old} to {new} x {new}', logger='current')
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._adapt(state_dict, prefix, strict)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning-rate decay.
@@ -252,18 +258,19 @@ def _is_other_grid(loaded: Tensor, own: Tensor) -> bool:
     return tokens not in (0, own.shape[1]) and math.isqrt(tokens) ** 2 == tokens
 
 
-def _parse_arch(arch: str | dict) -> tuple[int, int, dict]:
-    """(embed_dims, depth, the mixer's arguments) of a name or a dict, checked."""
-    if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(f'arch must be one of {list(ARCHS)} or a dict, got {arch!r}')
-        arch = ARCHS[arch]
+def _check_arch(arch: dict) -> tuple[int, int, dict]:
+    """(embed_dims, depth, the mixer's arguments) of an arch, checked."""
     required, optional = ['embed_dims', 'depth', 'num_heads'], ['conv_act', 'out_act']
     if not {*required} <= {*arch} <= {*required, *optional}:
         raise ValueError(
-            f'arch as a dict must have the keys {required} and may have {optional}, got {sorted(arch)}'
+            f'arch as a dict must have the keys {required} and may have {optional}, '
+            f'got {sorted(map(str, arch))}'
         )
-    if min(arch[key] for key in required) < 1:
-        raise ValueError(f'arch needs positive entries, got {dict(arch)}')
+    check_positive_ints(**{key: [arch[key]] for key in required})
+    if arch['embed_dims'] < 4:  # the stem starts with half of it: a norm over one channel loses the image
+        raise ValueError(f'arch: embed_dims must be at least 4, got {arch["embed_dims"]}')
+    for key in optional:
+        if not isinstance(arch.get(key, False), bool):
+            raise TypeError(f'arch: {key} must be True or False, got {arch[key]!r}')
     mixer = {key: value for key, value in arch.items() if key not in ('embed_dims', 'depth')}
     return arch['embed_dims'], arch['depth'], mixer

@@ -12,9 +12,9 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvig.backbones.base import Backbone
+from mmvig.backbones.base import Backbone, check_positive_ints, parse_arch
 from mmvig.backbones.block import Block, draw_factors
-from mmvig.backbones.layers import ConvNorm, LayerNorm, SwiGLU
+from mmvig.backbones.layers import ConvNorm, LayerNorm2d, SwiGLU, add_and_normalise, fused_backend
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.ops.norm import add
 from mmvig.registry import MODELS
@@ -55,7 +55,7 @@ class Stage(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(
             Block(
-                partial(LayerNorm, channels, backend),
+                partial(nn.LayerNorm, channels),
                 GatedTokenMixer(channels, num_heads, backend),
                 SwiGLU(channels, 32, backend),
                 drop_path,
@@ -87,11 +87,13 @@ class ViGH(Backbone):
     Any image side >= 1 works: a stride-2 step turns n into ceil(n / 2).
 
     Args:
-        arch: 'tiny', 'small', 'base', or a dict with ``embed_dims`` (width of the first stage, doubled at
-            each further one), ``depths`` and ``num_heads`` (one entry a stage; a stage's width must be a
-            multiple of twice its heads). Default: 'tiny'.
+        arch: 'tiny', 'small', 'base' in any case, or a dict with ``embed_dims`` (width of the first stage,
+            at least 4, doubled at each further one), ``depths`` and ``num_heads`` (one entry a stage; its
+            width must be a multiple of twice its heads). Default: 'tiny'.
         in_channels: channels of the image. Default: 3.
-        out_indices: stages whose normalised maps are returned, lowest first. Default: (0, 1, 2, 3).
+        out_indices: stages whose normalised maps are returned, lowest first; a negative index counts from
+            the last, an int is one stage. Map i is what the module ``norm{i}`` returns, so that is the
+            layer to hook. Default: (0, 1, 2, 3).
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first. None:
             the published 0.2 / 0.3 / 0.6 for tiny / small / base, 0 for a dict. Default: None.
         frozen_stages: -1 freezes nothing, 0 the stem, i > 0 also the first i stages with their output
@@ -107,6 +109,7 @@ class ViGH(Backbone):
             ``prefix`` picks a submodule's keys. Default: None, the published initialisation.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: an argument is out of its range.
 
     Example:
@@ -122,7 +125,7 @@ class ViGH(Backbone):
         self,
         arch: str | dict = 'tiny',
         in_channels: int = 3,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
         drop_path_rate: float | None = None,
         frozen_stages: int = -1,
         with_cp: bool = False,
@@ -130,9 +133,10 @@ class ViGH(Backbone):
         backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
     ):
-        embed_dims, depths, num_heads = _parse_arch(arch)
+        name, arch = parse_arch(arch, ARCHS)
+        embed_dims, depths, num_heads = _check_arch(arch)
         if drop_path_rate is None:
-            drop_path_rate = DROP_PATH_RATES[arch] if isinstance(arch, str) else 0.0
+            drop_path_rate = DROP_PATH_RATES.get(name, 0.0)
         super().__init__(
             len(depths),
             in_channels,
@@ -144,6 +148,7 @@ class ViGH(Backbone):
             init_cfg,
         )
         self.depths = tuple(depths)
+        self.backend = fused_backend(backend)
         num_stages = max(self.out_indices) + 1
         self.num_features = [embed_dims * 2**i for i in range(num_stages)]
 
@@ -163,7 +168,7 @@ class ViGH(Backbone):
                 )
             )
         for i in self.out_indices:
-            self.add_module(f'norm{i}', LayerNorm(self.num_features[i], backend))
+            self.add_module(f'norm{i}', LayerNorm2d(self.num_features[i]))
 
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -193,7 +198,8 @@ class ViGH(Backbone):
         for i, stage in enumerate(self.stages):
             x, branch, scale = stage(x)
             if i in self.out_indices:
-                x, y = getattr(self, f'norm{i}')(x, branch, scale, channels_first=True)
+                norm = getattr(self, f'norm{i}')
+                x, y = add_and_normalise(norm, x, branch, scale, self.backend, as_map=True)
                 maps.append(y)
             else:
                 x = add(x, branch, scale)
@@ -226,20 +232,22 @@ class ViGH(Backbone):
         return 1 + sum(depths[:stage]) + block, num_layers
 
 
-def _parse_arch(arch: str | dict) -> tuple[int, Sequence[int], Sequence[int]]:
-    """(embed_dims, depths, num_heads) of a name or a dict, checked."""
-    if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(f'arch must be one of {list(ARCHS)} or a dict, got {arch!r}')
-        arch = ARCHS[arch]
+def _check_arch(arch: dict) -> tuple[int, Sequence[int], Sequence[int]]:
+    """(embed_dims, depths, num_heads) of an arch, checked."""
     keys = set(ARCHS['tiny'])
     if set(arch) != keys:
-        raise ValueError(f'arch as a dict must have the keys {sorted(keys)}, got {sorted(arch)}')
+        raise ValueError(f'arch as a dict must have the keys {sorted(keys)}, got {sorted(map(str, arch))}')
     embed_dims, depths, num_heads = arch['embed_dims'], arch['depths'], arch['num_heads']
+    if not (isinstance(depths, (list, tuple)) and isinstance(num_heads, (list, tuple))):
+        raise TypeError(
+            f'arch: depths and num_heads must be lists of ints, got {depths!r} and {num_heads!r}'
+        )
     if not depths or len(depths) != len(num_heads):
         raise ValueError(
             f'arch must give as many depths as num_heads, at least one, got {depths} and {num_heads}'
         )
-    if embed_dims % 2 or min(embed_dims, *depths, *num_heads) < 1:
-        raise ValueError(f'arch needs an even embed_dims and positive entries, got {dict(arch)}')
+    check_positive_ints(embed_dims=[embed_dims], depths=depths, num_heads=num_heads)
+    # The stem starts with half of it, and a norm over one channel would lose the image.
+    if embed_dims % 2 or embed_dims < 4:
+        raise ValueError(f'arch: embed_dims must be even and at least 4, got {embed_dims}')
     return embed_dims, depths, num_heads

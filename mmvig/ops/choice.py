@@ -6,6 +6,8 @@ import importlib
 import torch
 from torch import Tensor, nn
 
+PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
+
 
 def why_not_triton(operator: str, x: Tensor) -> str | None:
     """Why the Triton form of an operator cannot take inputs like ``x``, None if it can.
@@ -63,6 +65,8 @@ def use_triton(operator: str, backend: str, x: Tensor) -> bool:
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that autocast would compute a product with ``x`` in: its own where autocast is off."""
     kind = x.device.type
+    if kind == 'meta':  # PyTorch has no autocast for it
+        return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
@@ -88,8 +92,21 @@ def has_global_hooks() -> bool:
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether calling a module is what its type ``kind`` does and nothing else."""
-    return type(module) is kind and not (has_hooks(module) or has_global_hooks())
+    """Whether calling a module is what its type ``kind`` does with plain tensors, and nothing else.
+
+    Not so with hooks, a ``forward`` of the instance (as accelerate sets), parametrisations (which change
+    the type) and weights of a subclass of Tensor (DTensor, torchao's).
+    """
+    if type(module) is not kind or has_own_forward(module) or has_hooks(module) or has_global_hooks():
+        return False
+    own = module.__dict__  # FSDP puts views of its flat parameter there
+    weights = *module._parameters.values(), own.get('weight'), own.get('bias')
+    return all(x is None or type(x) in PLAIN_TENSORS for x in weights)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's ``forward`` has been set in the instance, in place of its type's."""
+    return 'forward' in module.__dict__
 
 
 def is_watched() -> bool:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mmvig.ops.choice import is_watched
+from mmvig.ops.choice import PLAIN_TENSORS, is_watched
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 # The launcher's arguments are Triton's own affair: known for these versions, others go the public way.
@@ -29,6 +29,8 @@ def unavailable(device: torch.device, dtype: torch.dtype, oldest: tuple[int, int
     """
     if dtype == torch.float64:
         return 'it computes in float32, and the inputs are float64'
+    if device.type == 'meta':
+        return 'the inputs are on the meta device, without values'
     if INTERPRETED:
         return None
     if oldest > VERSION:
@@ -174,7 +176,6 @@ def on_device(function: Callable) -> Callable:
     return run
 
 
-PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 PLAIN = PLAIN_TENSORS | {int, float, bool, str, torch.dtype, type(None)}
 
 

@@ -207,7 +207,7 @@ def test_exports_with_dynamic_size():
             {'arch': {'embed_dims': 18, 'depths': [1], 'num_heads': [2]}},
             'multiple of 2 \\* num_heads',
         ),
-        ({'out_indices': (4,)}, r'out_indices must be in 0..3, got \(4,\)'),
+        ({'out_indices': (4,)}, r'out_indices must be in -4..3, got \(4,\)'),
         ({'out_indices': ()}, 'at least one stage'),
         ({'out_indices': (1, 1)}, 'each once'),
         ({'drop_path_rate': 1.0}, r'drop_path_rate must be in \[0, 1\), got 1.0'),

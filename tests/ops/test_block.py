@@ -11,7 +11,7 @@ from compiled import compile_and_see
 from torch import nn
 
 from mmvig.backbones.block import Block
-from mmvig.backbones.layers import LayerNorm, RMSNorm, SwiGLU
+from mmvig.backbones.layers import SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.ops import block as ops
 
@@ -19,7 +19,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if ON_GPU else 'cpu'  # where conftest.py has Triton interpret its kernels
 gpu = pytest.mark.gpu
 # Norm and activations of ViG-H, of plain ViG-S and of plain ViG-T.
-FAMILIES = {'ViGH': (LayerNorm, False), 'ViG': (RMSNorm, False), 'ViG-T': (RMSNorm, True)}
+FAMILIES = {'ViGH': (nn.LayerNorm, False), 'ViG': (nn.RMSNorm, False), 'ViG-T': (nn.RMSNorm, True)}
 every_family = pytest.mark.parametrize('family', FAMILIES)
 
 
@@ -28,7 +28,7 @@ def make(family='ViGH', backend='triton', channels=16, heads=1, drop_path=0.0):
     norm, acts = FAMILIES[family]
     torch.manual_seed(0)
     block = Block(
-        partial(norm, channels, backend, eps=1e-5),
+        partial(norm, channels, eps=1e-5),
         GatedTokenMixer(channels, heads, backend, conv_act=acts, out_act=acts),
         SwiGLU(channels, 8, backend),
         drop_path,

@@ -38,7 +38,7 @@ class Case:
 
 def norm_case(act='none', rms=False, channels_first=False):
     def run(x, *weights, **options):
-        return norm(x, *weights, act=act, channels_first=channels_first, **options)
+        return norm(x, *weights, rms=rms, act=act, channels_first=channels_first, **options)
 
     return Case(run, lambda *s: [s, *[s[-1:]] * (2 - rms)], 2 - rms)
 
@@ -46,7 +46,7 @@ def norm_case(act='none', rms=False, channels_first=False):
 def add_norm_case(rms=False, scaled=False, channels_first=False):
     def run(x, branch, *weights, **options):
         scale = torch.arange(len(x), device=x.device) / 4 if scaled else None
-        return add_norm(x, branch, scale, *weights, channels_first=channels_first, **options)
+        return add_norm(x, branch, scale, *weights, rms=rms, channels_first=channels_first, **options)
 
     return Case(run, lambda *s: [s, s, *[s[-1:]] * (2 - rms)], 2 - rms)
 
@@ -263,9 +263,23 @@ def test_torch_compile_with_dynamic_sizes(name):
             torch.testing.assert_close(a, e)
 
 
+@pytest.mark.parametrize('backend', ['torch', 'triton'])
+def test_a_layer_norm_without_bias_is_no_rms_norm(backend):
+    x, branch, weight = (torch.randn(2, 3, 4, 24, device=DEVICE) for _ in range(3))
+    weight = weight[0, 0, 0].requires_grad_()
+    expected = torch.nn.functional.layer_norm(x + branch, (24,), weight)
+    _, actual = add_norm(x, branch, None, weight, backend=backend)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm(x + branch, weight, backend=backend), expected, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(y.square().sum(), weight)[0] for y in (actual, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     'call, message',
     [
+        (lambda x: norm(x, x[0, 0, 0], x[0, 0, 0], rms=True), 'has no bias'),
+        (lambda x: add_norm(x, x, x[:, 0, 0, 0].requires_grad_(), x[0, 0, 0]), 'scale gets no gradient'),
         (lambda x: swiglu(x, x[0, 0]), r'\[\.\.\., 2 D\]'),
         (lambda x: swiglu(x, x[0, 0, :, :12], backend='cuda'), "'auto', 'torch' or 'triton'"),
         (lambda x: swiglu(x.double(), x[0, 0, :, :12], backend='triton'), 'float64'),
