@@ -108,7 +108,7 @@ def check_complete(cfg: Config) -> None:
         if 0 < len(missing) < len(keys):
             present = ' and '.join(key for key in keys if key not in missing)
             raise SetupError(
-                f'{cfg.filename} has {present}, but no {" and no ".join(missing)}: mmengine takes all or none'
+                f'{cfg.filename} has {present}, but no {" and no ".join(missing)}: give all or none'
             )
     for key in ('max_epochs', 'max_iters', 'val_interval'):
         value = (cfg.get('train_cfg') or {}).get(key, 1)

@@ -166,8 +166,9 @@ def merge_options(cfg: Config, options: dict) -> None:
         _move_data(cfg, options['data_root'])
     for key, value in options.items():
         first, *rest = key.split('.')
+        old = cfg.get(first)
         try:
-            cfg[first] = _with(cfg.get(first), rest, value) if rest else _merged(cfg.get(first), value)
+            cfg[first] = _with(_or_dict(old), rest, value) if rest else _merged(old, value)
         except TypeError as error:
             raise SetupError(
                 f'--cfg-options {key} does not fit {cfg.filename}: {str(error)[:300]}'
@@ -199,8 +200,12 @@ def _with(node: Any, parts: list[str], value: Any) -> Any:
         old = copy.get(at)
     else:
         raise TypeError(f'there is {node!r}, which has no {first!r}')
-    copy[at] = _with(ConfigDict() if old is None else old, rest, value) if rest else _merged(old, value)
+    copy[at] = _with(_or_dict(old), rest, value) if rest else _merged(old, value)
     return tuple(copy) if isinstance(node, tuple) else copy
+
+
+def _or_dict(node: Any) -> Any:
+    return ConfigDict() if node is None else node
 
 
 def _move_data(cfg: Config, folder: Any) -> None:

@@ -2,9 +2,10 @@
 
 import pytest
 from mmengine.config import Config
-from mmengine.runner import FlexibleRunner, Runner
+from mmengine.runner import FlexibleRunner
 
 from mmvig.engine import cli
+from mmvig.engine.runner import Runner
 
 
 @pytest.mark.parametrize(
