@@ -7,11 +7,10 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
-from mmvig.engine import cli, preflight
+from mmvig.engine import cli, errors, preflight, work_dir
 
 logger = logging.getLogger('mmvig.train')
 
@@ -67,12 +66,11 @@ def use_auto_scale_lr(cfg: Config) -> None:
 def use_resume(cfg: Config, checkpoint: str) -> None:
     """Resume from a checkpoint; 'auto' is the work dir's latest, if there is one."""
     if checkpoint == 'auto':
-        checkpoint = find_latest_checkpoint(cfg.work_dir)
+        checkpoint = work_dir.latest_checkpoint(cfg)
         if checkpoint is None:
             logger.info('--resume: nothing in %s yet, so this is a new run.', cfg.work_dir)
-            return
-    cfg.resume = True
-    cfg.load_from = checkpoint
+    cfg.resume = checkpoint is not None
+    cfg.load_from = checkpoint or cfg.get('load_from')
 
 
 def main() -> None:
@@ -84,10 +82,18 @@ def main() -> None:
             use_amp(cfg)
         if args.auto_scale_lr:
             use_auto_scale_lr(cfg)
-        if args.resume:
+        auto = args.resume == 'auto' or (cfg.get('resume') and not (args.resume or cfg.get('load_from')))
+        if args.resume and not auto:
             use_resume(cfg, args.resume)
         preflight.check_training(cfg)
-    cli.build_runner(cfg).train()
+    with errors.said_in_one_line(cfg), work_dir.taken(cfg):
+        if auto:
+            use_resume(cfg, 'auto')
+        elif cfg.get('resume'):
+            work_dir.check_whole(cfg.load_from)
+        else:
+            work_dir.warn_of_earlier_run(cfg)
+        cli.build_runner(cfg).train()
 
 
 if __name__ == '__main__':

@@ -1,0 +1,73 @@
+"""Signals between a run, its data workers and who started it."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.util import Finalize
+
+from torch.utils.data import DataLoader
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class StopSignal:
+    """Notes SIGTERM while it is entered, so that a run can end where it can be resumed.
+
+    The second one ends the process at once. Only a main thread can receive signals.
+    """
+
+    received = False
+
+    def __enter__(self) -> 'StopSignal':
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_) -> None:
+        self.received = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def tie_workers(loader: DataLoader) -> DataLoader:
+    """Let a loader's workers end with this process, however it ends, and by nothing sent to its group.
+
+    Args:
+        loader: changed in place; its own ``worker_init_fn`` is kept.
+    """
+    if loader.num_workers:
+        context = loader.multiprocessing_context or multiprocessing
+        # A worker of a fork server is the server's child, and the server ends with this process.
+        parent = None if context.get_start_method() == 'forkserver' else os.getpid()
+        loader.worker_init_fn = partial(_tie, parent, loader.worker_init_fn)
+        Finalize(None, kill_workers, exitpriority=0)  # before multiprocessing waits for them at exit
+    return loader
+
+
+def _tie(parent: int | None, init: Callable[[int], None] | None, worker_id: int) -> None:
+    """Run in a new worker, before the loader's own ``worker_init_fn``."""
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if parent is not None and os.getppid() != parent:  # it ended before prctl
+            os._exit(1)
+    # A scheduler sends it to all processes of a job; the run still needs its data then.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if init is not None:
+        init(worker_id)
+
+
+def kill_workers() -> None:
+    """End this process's data workers, at its exit: they ignore what multiprocessing would send."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report it as a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
