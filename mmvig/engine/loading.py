@@ -225,4 +225,4 @@ def _backbone_of(state_dict: Mapping[str, Tensor]) -> Backbone:
         if 'pos_embed' in state_dict:
             arch = dict(depth=arch['depths'][0], num_heads=arch['num_heads'][0])
             return ViG(dict(embed_dims=channels, **arch), in_channels)
-        return ViGH(dict(embed_dims=channels, **arch), in_channels)
+        return ViGH(dict(embed_dims=channels, **arch), in_channels, tuple(stages))

@@ -11,9 +11,11 @@ import argparse
 import os
 import pickle
 import re
+import runpy
 import shutil
 import sys
 import tempfile
+import traceback
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +26,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from programs import run_tool
+import yapf.yapflib.yapf_api
+from mmengine.config import Config
+from programs import SETTINGS, TOOLS
 from torch import nn
 
 from mmvig import checkpoints
@@ -74,6 +78,45 @@ class Reach:
 
 # The paths: what is run with a file, in an empty folder. `{}` in an argument is the file.
 TRAIN = ('train.py', 'small.py', '--work-dir', 'run')
+
+
+def run_tool(script: str, *arguments: str, cwd: Path) -> CompletedProcess:
+    """Run a program in tools/ in a fork of this process, which has imported what takes long."""
+    words = [str(TOOLS / script), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ('stdout', 'stderr')]
+        child = os.fork()
+        if not child:
+            try:
+                for number, path in enumerate(outputs, start=1):
+                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+                os.chdir(cwd)
+                os.environ.update(SETTINGS)
+                sys.argv = words
+                sys.path.insert(0, str(Path(words[0]).parent))
+                runpy.run_path(words[0], run_name='__main__')
+                status = 0
+            except SystemExit as end:
+                status = end.code or 0
+            except BaseException:  # as the interpreter does
+                traceback.print_exc()
+                status = 1
+            sys.stdout.flush()
+            os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return CompletedProcess(words, status, *(path.read_text(errors='replace') for path in outputs))
+
+
+def preload() -> None:
+    """Import what the tools do, and leave configs unformatted in logs: that would be 70 % of a run."""
+    import mmvig.compat  # noqa: F401, I001  before mmdet
+    import matplotlib.pyplot  # noqa: F401
+    import mmdet.apis  # noqa: F401
+    from mmengine.registry import init_default_scope
+
+    init_default_scope('mmdet')
+    yapf.yapflib.yapf_api.FormatCode = lambda text, **_: (text, False)
+    Config.fromfile(ROOT / 'configs/detection/maskrcnn_vigh_t_shapes_cpu.py')
 
 
 def through(*words: str) -> Callable[[Path, Path], CompletedProcess]:
@@ -295,6 +338,7 @@ def main() -> None:
     parser.add_argument('--only', nargs='+', default=[], help='files or paths with one of these words')
     parser.add_argument('--table', type=Path, help='file for a line a run: file, path, status, message')
     args = parser.parse_args()
+    preload()
     counts, lines = Counter(), []
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
