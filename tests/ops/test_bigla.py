@@ -1,6 +1,8 @@
 """BiGLA's backends against the token loop in float64."""
 
+import itertools
 import logging
+import math
 import sys
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from mmvig.ops import bigla
-from mmvig.ops.bigla import chunked
+from mmvig.ops.bigla import chunked, forms, mild
 
 # Chunks of 8 tokens, groups of 16 chunks: below, at and above the boundaries of one and more of each.
 LENGTHS = [1, 2, 7, 8, 9, 49, 127, 128, 129, 260]
@@ -77,18 +79,22 @@ def test_chunked_equals_reference(num_tokens, gates, dtype):
     assert_close(run(inputs, 'chunked'), expected, TOLERANCE[dtype])
 
 
-def test_mild_and_general_form_agree(monkeypatch):
-    """On a CPU gates decide which form computes; both sides of the limit are right, and it is a limit."""
+def mild_heads(inputs, form=mild.FORMS[-1]):
+    return mild.mild_forward(*inputs, 0.25, 16.0, form, torch.ones(2, 3, dtype=torch.bool))[1]
+
+
+def test_each_form_is_right(monkeypatch):
+    """On a CPU gates decide which form computes; both sides of each limit are right, and it is a limit."""
     inputs = make_inputs(150, 16, 32, dtype=torch.float32)
     expected = run([x.double() for x in inputs], 'reference')
-    assert chunked._mild_forward(*inputs, 0.25, 16.0) is not None
-    mild = run(inputs, 'chunked')
-    assert_close(mild, expected, TOLERANCE[torch.float32])
-    monkeypatch.setattr(chunked, 'MILD_SPAN', 0.0)
-    assert chunked._mild_forward(*inputs, 0.25, 16.0) is None
-    general = run(inputs, 'chunked')
-    assert_close(general, expected, TOLERANCE[torch.float32])
-    assert not torch.equal(mild[0], general[0])
+    results = []
+    for first in range(len(mild.FORMS) + 1):
+        monkeypatch.setattr(forms, 'FORMS', mild.FORMS[first:])
+        monkeypatch.setattr(forms, 'GRADIENT_FORMS', mild.GRADIENT_FORMS[first:])
+        assert all(mild_heads(inputs, form).all() for form in forms.FORMS)
+        results.append(run(inputs, 'chunked'))
+        assert_close(results[-1], expected, TOLERANCE[torch.float32])
+    assert not any(torch.equal(a[0], b[0]) for a, b in itertools.combinations(results, 2))
 
 
 def test_auto_says_once_what_it_chose(caplog, monkeypatch):
@@ -104,7 +110,68 @@ def test_auto_says_once_what_it_chose(caplog, monkeypatch):
 
 def test_strong_gates_take_the_general_form():
     for gates in ('strong', 'closed', 'mixed'):
-        assert chunked._mild_forward(*make_inputs(40, gates=gates), 0.25, 16.0) is None
+        assert not mild_heads(make_inputs(40, gates=gates, dtype=torch.float32)).any()
+
+
+def open_with_one_strong(open_logit, strong_logit, num_tokens=49):
+    inputs = make_inputs(num_tokens, dtype=torch.float32)
+    for g in inputs[3:]:
+        g.fill_(open_logit)[:, num_tokens // 3] = strong_logit
+    return inputs
+
+
+@pytest.mark.parametrize('open_logit', [2, 5, 20])
+@pytest.mark.parametrize('strong_logit', [-600, -100, -2])
+def test_open_gates_and_a_rare_strong_one(open_logit, strong_logit):
+    """Their gradients differ by up to 1e9, so none may be the difference of sums that hold the others'."""
+    inputs = open_with_one_strong(open_logit, strong_logit)
+    assert mild_heads(inputs).all()
+    expected = run([x.double() for x in inputs], 'reference')
+    actual = run(inputs, 'chunked')
+    assert_close(actual, expected, 6e-7)
+    for a, e in zip(actual[4:], expected[4:], strict=True):  # each gate by itself, too
+        assert ((a.double() - e).abs() <= 2e-6 * e.abs().amax((0, 2, 3), keepdim=True)).all()
+
+
+@pytest.mark.parametrize('size', [1e15, 1e18, 1e-20, 1e-30])
+def test_large_and_small_inputs(size):
+    for open_logit, strong_logit in ((0, 0), (3, -600)):
+        q, k, v, *gates = open_with_one_strong(open_logit, strong_logit)
+        inputs = q * size if size > 1 else q, k * size, v, *gates
+        assert_close(run(inputs, 'chunked'), run([x.double() for x in inputs], 'reference'), 6e-7)
+
+
+def test_infinite_logits():
+    """Of -inf the decay is 0, of inf it is 1; neither has a gradient."""
+    for dtype in (torch.float32, torch.float64):
+        inputs = make_inputs(60, dtype=dtype)
+        for i, g in enumerate(inputs[3:]):
+            g[:, 7 + i] = -math.inf
+            g[:, 20:25, 1] = math.inf
+            g[0, 40 + i, 2, 1] = -math.inf
+        expected = run([x.double() for x in inputs], 'reference')
+        actual = run(inputs, 'chunked')
+        assert_close(actual, expected, TOLERANCE[dtype])
+        for g, d in zip(inputs[3:], actual[4:], strict=True):
+            assert not d[g.isinf()].any()
+
+
+def test_no_head_decides_for_others():
+    """Neither in output nor gradients: strong gates, NaN, and too large numbers take their own form."""
+    inputs = make_inputs(60, dtype=torch.float32)
+    clean = run(inputs, 'chunked')
+    for which, value in (
+        (3, -1000.0),
+        (3, math.nan),
+        (4, -math.inf),
+        (0, math.nan),
+        (1, 1e30),
+        (2, math.inf),
+    ):
+        changed = [x.clone() for x in inputs]
+        changed[which][0, 20, 1, 2] = value
+        for a, c in zip(run(changed, 'chunked'), clean, strict=True):
+            assert torch.equal(a[1], c[1]) and torch.equal(a[0, :, ::2], c[0, :, ::2]), (which, value)
 
 
 def test_chunked_equals_reference_over_many_groups():

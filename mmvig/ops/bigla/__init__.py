@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmvig.ops.bigla.chunked import bigla_chunked
+from mmvig.ops.bigla.forms import bigla_chunked
 from mmvig.ops.bigla.reference import bigla_reference
 from mmvig.ops.choice import why_not_triton
 
@@ -105,6 +105,8 @@ def bigla_packed(
             raise TypeError(f'{name} must be a torch.Tensor, got {type(x).__name__}')
         if x.ndim != 3:
             raise ValueError(f'{name} must have 3 dimensions [B, N, channels], got {_shape(x)}')
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f'num_heads must be an int, got {num_heads!r}')
     key_width, value_width = gates.shape[-1] // 2, qkv.shape[-1] - gates.shape[-1]
     if num_heads < 1 or gates.shape[-1] % (2 * num_heads) or value_width <= 0 or value_width % num_heads:
         raise ValueError(
@@ -177,6 +179,9 @@ _announced: set[str] = set()
 def _check_options(scale: float | None, gate_normalizer: float, key_dim: int) -> float:
     if scale is None:
         scale = key_dim**-0.5
+    for name, value in (('scale', scale), ('gate_normalizer', gate_normalizer)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f'{name} must be a number, got {value!r}')
     if not abs(scale) < math.inf:
         raise ValueError(f'scale must be a finite number, got {scale}')
     if not 0 < gate_normalizer < math.inf:
