@@ -82,9 +82,12 @@ def read(checkpoint: str, prefix: str | None = None, map_location: str = 'cpu') 
         The state dict, unwrapped (see :func:`unwrap`).
 
     Raises:
+        TypeError: prefix is no string.
         FileNotFoundError: the file does not exist.
         RuntimeError: the file is no checkpoint of finite tensors, or no key has the prefix.
     """
+    if prefix is not None and not isinstance(prefix, str):
+        raise TypeError(f'prefix must be a str or None, got {prefix!r}')
     content = reading.load(checkpoint, map_location)
     state_dict = state_dict_of(content, checkpoint)
     if prefix is None:

@@ -49,6 +49,7 @@ class Backbone(BaseModule):
         cuda_graphs: int | str,
         init_cfg: dict | list[dict] | None,
     ):
+        _check_init_cfg(init_cfg)
         super().__init__(init_cfg=init_cfg)
         if not isinstance(drop_path_rate, (int, float)) or not 0 <= drop_path_rate < 1:
             raise ValueError(f'drop_path_rate must be in [0, 1), got {drop_path_rate!r}')
@@ -79,6 +80,9 @@ class Backbone(BaseModule):
         return parsed
 
     def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f'images must be a floating-point torch.Tensor, got {found}')
         if x.ndim != 4 or x.shape[1] != self.in_channels or min(x.shape[2:]) < self.min_side:
             raise ValueError(
                 f'images must be [B, {self.in_channels}, H, W] with H, W >= {self.min_side}, '
@@ -131,8 +135,11 @@ class Backbone(BaseModule):
             ``missing_keys`` and ``unexpected_keys``, by our names.
 
         Raises:
+            TypeError: it maps no names to tensors.
             RuntimeError: a shape does not match, or with ``strict`` anything else.
         """
+        if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+            raise TypeError(f'state_dict must map names to tensors, got {type(state_dict).__name__}')
         state_dict = dict(checkpoints.unwrap(state_dict))
         self._adapt(state_dict, '', strict)
         return super().load_state_dict(state_dict, strict, assign)
@@ -169,3 +176,16 @@ def check_positive_ints(**values: Sequence[int]) -> None:
                 raise TypeError(f'{name} must be int, got {value!r}')
             if value < 1:
                 raise ValueError(f'{name} must be positive, got {value}')
+
+
+def _check_init_cfg(init_cfg: dict | list[dict] | None) -> None:
+    """Raise TypeError unless mmengine can read it: it looks at it only once weights are initialised."""
+    if init_cfg is None:
+        return
+    for cfg in init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]:
+        pretrained = isinstance(cfg, dict) and cfg.get('type') in ('Pretrained', PretrainedInit)
+        if not isinstance(cfg, dict) or 'type' not in cfg or (pretrained and 'checkpoint' not in cfg):
+            example = "dict(type='Pretrained', checkpoint=FILE)"
+            raise TypeError(
+                f'init_cfg must be a dict such as {example}, or a list of them, got {init_cfg!r}'
+            )
