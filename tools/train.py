@@ -34,7 +34,10 @@ def parse_args() -> argparse.Namespace:
         help='scale the learning rate by the batch size over auto_scale_lr.base_batch_size',
     )
     cli.add_shared_arguments(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.resume == '':
+        parser.error('--resume is empty: name a checkpoint, or give --resume alone for the latest')
+    return args
 
 
 def use_amp(cfg: Config) -> None:
@@ -85,6 +88,7 @@ def main() -> None:
         auto = args.resume == 'auto' or (cfg.get('resume') and not (args.resume or cfg.get('load_from')))
         if args.resume and not auto:
             use_resume(cfg, args.resume)
+    with errors.said_in_one_line(cfg):
         preflight.check_training(cfg)
     with errors.said_in_one_line(cfg), work_dir.taken(cfg):
         if auto:
