@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ _WHERE_TO_GET = {
     'data/ade': 'ADE20K from http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip',
     'data/imagenet': 'ImageNet-1k from https://www.image-net.org/download.php',
 }
+# mmdet's and mmseg's: they know a few backbones by name, and raise an error without words for others.
+_LAYER_DECAY_OF_OTHERS = ('LearningRateDecayOptimizerConstructor', 'LayerDecayOptimizerConstructor')
 
 
 class SetupError(Exception):
@@ -58,6 +61,7 @@ def check_training(cfg: Config) -> None:
     """
     if not cfg.get('train_dataloader'):
         raise SetupError(f'{cfg.filename} has no train_dataloader, so there is nothing to train on')
+    _check_layer_decay(cfg)
     _check_loader(cfg, 'train')
     if cfg.get('val_dataloader'):
         _check_loader(cfg, 'val')
@@ -72,6 +76,18 @@ def check_training(cfg: Config) -> None:
         what = 'checkpoint to resume from' if cfg.get('resume') else 'checkpoint to start from'
         option = '--resume FILE' if cfg.get('resume') else '--cfg-options load_from=FILE'
         check_file(cfg.load_from, what, f'name another with {option}, or begin without one')
+    _check_classes(cfg, 'train', 'val')
+
+
+def _check_layer_decay(cfg: Config) -> None:
+    """Check that the decay of learning rates by layer is one that knows our backbones' layers."""
+    constructor = str((cfg.get('optim_wrapper') or {}).get('constructor', ''))
+    backbone = str((cfg.model.get('backbone') or {}).get('type', ''))
+    if constructor.split('.')[-1] in _LAYER_DECAY_OF_OTHERS and backbone.split('.')[-1] in ('ViG', 'ViGH'):
+        raise SetupError(
+            f'optim_wrapper.constructor={constructor!r} does not know the layers of {backbone}: take '
+            "'mmvig.LayerDecayOptimWrapperConstructor' with paramwise_cfg=dict(decay_rate=0.8)"
+        )
 
 
 def check_testing(cfg: Config) -> None:
@@ -84,6 +100,7 @@ def check_testing(cfg: Config) -> None:
         raise SetupError(f'{cfg.filename} has no test_dataloader and test_evaluator to test with')
     check_checkpoint(cfg.load_from, cfg.filename)
     _check_loader(cfg, 'test')
+    _check_classes(cfg, 'test')
 
 
 def check_checkpoint(path: str, config: str) -> None:
@@ -102,16 +119,54 @@ def check_file(path: str, what: str, how_to_get: str) -> None:
     Raises:
         SetupError: It is missing.
     """
-    if not _is_remote(path) and not Path(path).expanduser().is_file():
+    if not is_remote(path) and not Path(path).expanduser().is_file():
         raise _missing(what, path, how_to_get)
+
+
+def check_device(name: str | None) -> str:
+    """Check that tensors can live on a device; None stands for a GPU where there is one, else the CPU.
+
+    Raises:
+        SetupError: They cannot.
+    """
+    import torch
+
+    if name is None:
+        return 'cuda:0' if torch.cuda.is_available() else 'cpu'
+    try:
+        torch.zeros(1, device=name).item()
+    except (AssertionError, ImportError, RuntimeError) as error:  # as torch's backends have it
+        why = textwrap.shorten(str(error), 200, placeholder=' ...')
+        raise SetupError(f'--device {name} cannot be used, cpu or cuda:0 may be: {why}') from error
+    return name
+
+
+def check_writable(option: str, path: str | Path, folder: bool = False) -> None:
+    """Check before any work that a file, or a folder and files in it, can be written; nothing is made.
+
+    Raises:
+        SetupError: It is of the other kind, a file stands where a folder must be, or it is read-only.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and path.is_dir() != folder:
+            kinds = ('folder', 'file') if folder else ('file', 'folder')
+            raise SetupError(f'{option} {path} must be a {kinds[0]}, and is a {kinds[1]}')
+        first = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    except OSError as error:  # such as a name that is too long
+        raise SetupError(f'{option} {path} cannot be written: {error.strerror}') from error
+    if first != path and not first.is_dir():
+        raise SetupError(f'{option} {path} cannot be written: {first} is a file, not a folder')
+    if not os.access(first, os.W_OK):
+        raise SetupError(f'{option} {path} cannot be written: {first} is read-only')
 
 
 def _check_loader(cfg: Config, split: str) -> None:
     """Check the data sets of one loader, and the annotations that its evaluators read."""
     loader = f'{split}_dataloader'
     generated = False
-    for key, dataset in _leaf_datasets(cfg[loader].dataset, f'{loader}.dataset'):
-        if _type_name(dataset).startswith(_MADE_ON_FIRST_USE):
+    for key, dataset in leaf_datasets(cfg[loader].dataset, f'{loader}.dataset'):
+        if type_name(dataset).startswith(_MADE_ON_FIRST_USE):
             generated = True
         elif not dataset.get('backend_args'):  # which would mean remote storage
             _check_dataset(cfg, key, dataset)
@@ -123,26 +178,35 @@ def _check_loader(cfg: Config, split: str) -> None:
             check_file(ann_file, f'annotation file of {split}_evaluator', how)
 
 
+def _check_classes(cfg: Config, *splits: str) -> None:
+    """Check classes last, as this imports the data sets' package, which takes seconds."""
+    from mmvig.engine import classes
+
+    for split in splits:
+        if cfg.get(f'{split}_dataloader'):
+            classes.check(cfg, split)
+
+
 def _check_dataset(cfg: Config, key: str, dataset: ConfigDict) -> None:
     """Check one data set's root, annotation file and folders, joined as mmengine joins them."""
     root = dataset.get('data_root') or ''
-    if _is_remote(root):
+    if is_remote(root):
         return
     how = _how(cfg, root, f'{key}.data_root=DIR')
     prefix = dataset.get('data_prefix') or {}
-    if not prefix and _type_name(dataset) == 'ImageNet':
+    if not prefix and type_name(dataset) == 'ImageNet':
         prefix = dataset.get('split') or {}
     folders = prefix.values() if isinstance(prefix, dict) else [prefix]
     for what, folder in [('data root', ''), *(('image or label folder', f) for f in folders)]:
         path = Path(root, folder or '')
-        if not _is_remote(folder or '') and not path.is_dir():
+        if not is_remote(folder or '') and not path.is_dir():
             raise _missing(f'{what} of {key}', path, how)
     ann_file = dataset.get('ann_file')
-    if ann_file and isinstance(ann_file, str) and not _is_remote(ann_file):
+    if ann_file and isinstance(ann_file, str) and not is_remote(ann_file):
         check_file(str(Path(root, ann_file)), f'annotation file of {key}', how)
 
 
-def _leaf_datasets(dataset: ConfigDict, key: str) -> Iterator[tuple[str, ConfigDict]]:
+def leaf_datasets(dataset: ConfigDict, key: str) -> Iterator[tuple[str, ConfigDict]]:
     """Go through wrappers (repeat, concatenate, ...) to the data sets that read files."""
     inner = [name for name in ('dataset', 'datasets') if name in dataset]
     if not inner:
@@ -150,9 +214,9 @@ def _leaf_datasets(dataset: ConfigDict, key: str) -> Iterator[tuple[str, ConfigD
     for name in inner:
         if isinstance(dataset[name], (list, tuple)):
             for i, each in enumerate(dataset[name]):
-                yield from _leaf_datasets(each, f'{key}.{name}.{i}')
+                yield from leaf_datasets(each, f'{key}.{name}.{i}')
         else:
-            yield from _leaf_datasets(dataset[name], f'{key}.{name}')
+            yield from leaf_datasets(dataset[name], f'{key}.{name}')
 
 
 def _pretrained(node, key: str) -> Iterator[tuple[str, str]]:
@@ -165,12 +229,14 @@ def _pretrained(node, key: str) -> Iterator[tuple[str, str]]:
                 yield f'{key}.{name}', value['checkpoint']
 
 
-def _type_name(dataset: ConfigDict) -> str:
+def type_name(dataset: ConfigDict) -> str:
+    """The name of a data set's or evaluator's class, without scope or package."""
     kind = dataset.get('type', '')
     return (kind if isinstance(kind, str) else kind.__name__).rpartition('.')[2]
 
 
-def _is_remote(path: str) -> bool:
+def is_remote(path: str) -> bool:
+    """Whether a path is an address."""
     return '://' in path
 
 
