@@ -20,7 +20,7 @@ from mmvig.backbones import ViG
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONE = """
 arch = dict(embed_dims=32, depths=[1, 1], num_heads=[1, 2])
-model = dict(type='mmvig.ViGH', arch=arch, out_indices=(0, 1))
+model = dict(type='mmvig.ViGH', arch=arch, in_channels=4, out_indices=(0, 1))
 """
 PLAIN = "model = dict(type='mmvig.ViG', arch=dict(embed_dims=32, depth=1, num_heads=1))\n"
 CLASSIFIER = f"""
@@ -106,14 +106,14 @@ def run_onnx(path, images):
     return dict(zip(names, session.run(None, {'images': images.numpy()}), strict=True))
 
 
-def test_backbone_to_onnx(tool, tmp_path):
+def test_backbone_of_four_channels_to_onnx(tool, tmp_path):
     model = build(BACKBONE, None, tmp_path)
     status, said, errors = tool(BACKBONE, 'it.pth', '--out', 'b.onnx', '--shape', '64', '48')
     assert (status, said[-1]) == (0, 'b.onnx'), errors
     assert [line.partition(':')[0] for line in said[:3]] == ['2 x 64 x 48', '1 x 42 x 60', '3 x 33 x 33']
     onnx.checker.check_model('b.onnx')
     # Sizes that the tool did not check, one of them with many chunks of tokens, one with a single image.
-    for shape in ((1, 3, 150, 131), (4, 3, 33, 200), (2, 3, 64, 64)):
+    for shape in ((1, 4, 150, 131), (4, 4, 33, 200), (2, 4, 64, 64)):
         images = torch.randn(shape)
         found = run_onnx('b.onnx', images)
         with torch.no_grad():
@@ -201,8 +201,12 @@ def test_a_wrong_export_is_not_written(tool, export, monkeypatch):
         ('a = 1', ['--out', 'a.onnx'], 'has no model to export'),
         (BACKBONE, ['--out', 'nowhere/a.onnx'], 'there is no folder'),
         (BACKBONE, ['--out', 'a.pth'], 'must end in .onnx or .pt2'),
-        (BACKBONE, ['--out', 'a.onnx', '--shape', '32', '64'], 'sides from 33'),
-        (BACKBONE, ['--out', 'a.onnx', '--opset', '17'], 'at least 18'),
+        (BACKBONE, ['--out', 'a.onnx', '--shape', '32', '64'], 'at least 33 and up to 16384, got 32 64'),
+        (BACKBONE, ['--out', 'a.onnx', '--opset', '17'], 'from 18 to 23, got 17'),
+        (BACKBONE, ['--out', 'a.onnx', '--opset', '30'], 'from 18 to 23, got 30'),
+        (BACKBONE, ['--out', 'a.pt2', '--opset', '20'], '--opset is for .onnx files'),
+        (BACKBONE, ['--out', 'folder.onnx'], 'must be a file, and is a folder'),
+        (BACKBONE, ['--out', 'broken.pth/a.onnx'], 'broken.pth is a file, not a folder'),
         (BACKBONE, ['no.pth', '--out', 'a.onnx'], 'no.pth'),
         (BACKBONE, ['other.pth', '--out', 'a.onnx'], 'is it of another arch'),
         (BACKBONE, ['broken.pth', '--out', 'a.onnx'], 'cannot be read as a checkpoint'),
@@ -211,6 +215,7 @@ def test_a_wrong_export_is_not_written(tool, export, monkeypatch):
 def test_what_cannot_be_exported(tool, tmp_path, config, arguments, message):
     torch.save(ViG(dict(embed_dims=32, depth=1, num_heads=1)).state_dict(), tmp_path / 'other.pth')
     (tmp_path / 'broken.pth').write_bytes(b'not a checkpoint')
+    (tmp_path / 'folder.onnx').mkdir()
     status, _, lines = tool(Path(config) if config == 'no.py' else config, *arguments)
     # What a library says at its first use in this process may come before.
     errors = [line for line in lines if line.startswith('error: ')]

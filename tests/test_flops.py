@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from mmvig.backbones import ViG, ViGH
-from mmvig.backbones.layers import SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,19 +71,16 @@ class LayerByLayer:
     def __init__(self, model):
         self.macs = 0
         for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, GatedTokenMixer, SwiGLU)):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, GatedTokenMixer)):
                 module.register_forward_hook(self.add)
 
     def add(self, module, inputs, output):
         if isinstance(module, nn.Linear):
             self.macs += output.numel() * module.in_features
-        elif isinstance(module, SwiGLU):  # its second projection is not called as a module
-            self.macs += output.numel() * module.fc2.in_features
         elif isinstance(module, GatedTokenMixer):
             channels = output.shape[-1]
             heads, tokens = module.num_heads, output.numel() // channels
             self.macs += tokens * heads * 4 * (channels // 2 // heads) * (channels // heads)
-            self.macs += output.numel() * module.out.in_features  # not called as a module either
         else:
             places = inputs[0] if isinstance(module, nn.ConvTranspose2d) else output
             per_place = module.weight[0].numel()
@@ -137,6 +133,18 @@ def test_nothing_is_left_of_the_counting(flops):
     assert torch.equal(model(x)[0], before)
 
 
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_of_other_channels(flops, tmp_path, channels):
+    """They differ in the stem's first convolution, of kernel 3 and stride 2, to 16 channels."""
+    for number in (3, channels):
+        (tmp_path / f'{number}.py').write_text(BACKBONE.replace('arch=', f'in_channels={number}, arch='))
+    three, other = (
+        flops.count_config(str(tmp_path / f'{n}.py'), (64, 96))[0]['total'] for n in (3, channels)
+    )
+    assert other['params'] - three['params'] == (channels - 3) * 16 * 9
+    assert other['macs'] - three['macs'] == (channels - 3) * 16 * 9 * 32 * 48
+
+
 def test_the_table(flops, monkeypatch, tmp_path, capsys):
     (tmp_path / 'cfg.py').write_text(BACKBONE)
     monkeypatch.setattr(sys, 'argv', ['get_flops.py', str(tmp_path / 'cfg.py'), '--shape', '64', '96'])
@@ -149,7 +157,11 @@ def test_the_table(flops, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('text', 'options', 'message'),
     [
-        (BACKBONE, ['--shape', '0', '4'], 'at least 1, got 0 4'),
+        (BACKBONE, ['--shape', '0', '4'], 'at least 1 and up to 16384, got 0 4'),
+        (BACKBONE, ['--shape', '4', '-4'], 'got 4 -4'),
+        (BACKBONE, ['--shape', '1000000000', '4'], 'got 1000000000 4'),
+        (CLASSIFIER, ['--shape', '3', '3'], 'got [1, 3, 3, 3]'),
+        (BACKBONE.replace('ViGH', 'ViGHH'), [], 'ViGHH'),
         ('a = 1', [], 'has no model to count'),
         (None, [], 'config is missing'),
     ],
@@ -160,5 +172,6 @@ def test_what_cannot_be_counted(flops, monkeypatch, tmp_path, capsys, text, opti
     monkeypatch.setattr(sys, 'argv', ['get_flops.py', str(tmp_path / 'cfg.py'), *options])
     with pytest.raises(SystemExit) as exit_:
         flops.main()
-    (line,) = capsys.readouterr().err.splitlines()
+    # What a library says at its first import in this process comes before.
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
     assert exit_.value.code == 2 and message in line

@@ -274,12 +274,11 @@ def test_missing_config_or_base_of_a_config(tool, tmp_path):
     assert '.yaml' in tool('train.py', 'it.txt')
 
 
-def test_missing_or_broken_images(tool, tmp_path):
+def test_missing_images(tool, tmp_path):
     (tmp_path / 'it.pth').touch()
     (tmp_path / 'empty').mkdir()
     assert str(tmp_path / 'no.png') in tool('demo.py', MASK_RCNN, 'it.pth', 'no.png')
     assert 'no images' in tool('demo.py', MASK_RCNN, 'it.pth', 'empty')
-    assert 'no image that' in tool('demo.py', MASK_RCNN, 'it.pth', 'it.pth')
     cv2.imwrite('a.png', np.zeros((4, 4, 3)))
     line = tool('demo.py', MASK_RCNN, 'it.pth', 'a.png', '--out-dir', '.')
     assert 'would be overwritten' in line
@@ -313,10 +312,60 @@ def test_flags_that_the_config_cannot_serve(tool, tmp_path):
     assert '.pkl' in tool('test.py', bare, 'it.pth', '--out', 'folder')
 
 
+@pytest.mark.parametrize(
+    ('options', 'reason'),
+    [
+        (['--show'], '--show needs a display'),
+        (['--wait-time', 'nan'], '--wait-time must be seconds'),
+        (['--show-dir', 'it.pth'], 'must be a folder'),
+        (['--out', 'it.pth/a.pkl'], 'it.pth is a file'),
+        (['--work-dir', 'it.pth/a'], 'it.pth is a file'),
+        (['--launcher', 'pytorch'], 'with RANK in their environment'),
+    ],
+)
+def test_what_a_test_could_not_show_or_write_is_said_before_it(
+    work, tool, tmp_path, monkeypatch, options, reason
+):
+    for name in ('DISPLAY', 'WAYLAND_DISPLAY', 'RANK'):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / 'it.pth').touch()
+    assert reason in tool('test.py', work / 'mask_rcnn.py', 'it.pth', *options)
+
+
+@pytest.mark.parametrize(
+    ('text', 'reason'),
+    [
+        ('model = dict(', 'line 1: SyntaxError'),
+        ('a = 1\nmodel = dict(type=nothing)', 'line 2: NameError'),
+        ('model = 3', 'has no model to run'),
+        ("model = dict(type='A')\ntrain_cfg = dict()", 'no train_dataloader and no optim_wrapper'),
+        ("model = dict(type='A')\ntrain_cfg = dict(max_iters=-1)", 'train_dataloader'),
+    ],
+)
+def test_configs_that_cannot_be_run(tool, tmp_path, text, reason):
+    (tmp_path / 'it.py').write_text(text)
+    assert reason in tool('train.py', 'it.py')
+
+
 def test_a_step_that_fails_ends_the_quick_start(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, 'argv', ['quickstart.py', '--config', str(tmp_path / 'no.py')])
-    with pytest.raises(SystemExit, match=r'^2$'):
+    commands = []
+    failed = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr(subprocess, 'run', lambda command: commands.append(command) or failed)
+    monkeypatch.setattr(sys, 'argv', ['quickstart.py', '--work-dir', str(tmp_path / 'run')])
+    with pytest.raises(SystemExit, match=r'^3$'):
         load('quickstart.py').main()
+    assert len(commands) == 1 and commands[0][1].endswith('train.py')
+
+
+def test_what_a_quick_start_cannot_use_is_said_before_it_trains(tool, tmp_path):
+    (tmp_path / 'file').touch()
+    assert 'config is missing' in tool('quickstart.py', '--config', 'no.py')
+    assert 'no detection config' in tool('quickstart.py', '--config', UPERNET)
+    assert 'is a file' in tool('quickstart.py', '--work-dir', 'file')
+    (tmp_path / 'voc.py').write_text(
+        f"_base_ = [{str(MASK_RCNN)!r}]\ntest_evaluator = dict(_delete_=True, type='VOCMetric')\n"
+    )
+    assert 'CocoMetric' in tool('quickstart.py', '--config', 'voc.py')
 
 
 def test_curves_replace_what_a_resumed_run_did_again(tmp_path):
@@ -335,8 +384,44 @@ def test_curves_replace_what_a_resumed_run_did_again(tmp_path):
     assert plot.choose_keys([run], ['coco/bbox_mAP_50']) == ['coco/bbox_mAP_50']
 
 
-def test_curves_of_nothing(tool, tmp_path):
-    assert 'no scalars' in tool('analysis/plot_curves.py', tmp_path)
+@pytest.mark.parametrize(
+    ('content', 'options', 'said'),
+    [
+        (None, [], 'no scalars'),
+        (b'', [], 'no finite numbers'),
+        (b'\x00\xff\xfe', [], 'cannot be read as a log'),
+        (b'{"loss": 1, "step": 1}\nnothing\n', [], 'line 2 is no JSON'),
+        (b'[' * 100000, [], 'line 1 is no JSON'),
+        (b'[1]\n', [], 'line 1 is no record'),
+        (b'{"loss": 1}\n', [], 'line 1 has no step'),
+        (b'{"loss": NaN, "step": 1}\n', [], 'no finite numbers'),
+        (b'{"loss": 1, "step": "x"}\n', [], 'line 1 is no record'),
+        (b'{"loss": 1, "step": 1}\n', ['--keys', 'los'], 'no los in the runs'),
+        (b'{"loss": 1, "step": 1}\n', ['--out', 'log.json'], 'must end in .png'),
+        (b'{"loss": 1, "step": 1}\n', ['--out', 'folder.png'], 'is a folder'),
+        (b'{"loss": 1, "step": 1}\n', ['--out', 'log.json/a.png'], 'is a file'),
+    ],
+)
+def test_curves_of_nothing(tool, tmp_path, content, options, said):
+    (tmp_path / 'folder.png').mkdir()
+    if content is not None:
+        (tmp_path / 'log.json').write_bytes(content)
+    assert said in tool('analysis/plot_curves.py', tmp_path if content is None else 'log.json', *options)
+    assert content is None or (tmp_path / 'log.json').read_bytes() == content
+
+
+def test_curves_of_a_run_that_diverged_and_was_killed(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    records = [
+        dict(loss=x, lr=0.1, step=i) for i, x in enumerate((1.0, float('inf'), 2.0, float('nan'), 1e300), 1)
+    ]
+    (tmp_path / 'log.json').write_text('\n'.join(map(json.dumps, records)) + '\n{"loss": 3, "st')
+    monkeypatch.setattr(sys, 'argv', ['plot_curves.py', 'log.json', '--out', 'deep/it.png'])
+    load('analysis/plot_curves.py').main()
+    cut, left_out, path = capsys.readouterr().out.splitlines()
+    assert cut == 'log.json: the last line is cut off, so it is left out'
+    assert left_out == 'log.json: 2 values of loss are NaN or infinite, so they are left out'
+    assert cv2.imread(path) is not None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
     python tools/export_onnx.py configs/segmentation/upernet_vigh_t.py iter.pth --out upernet.onnx
     python tools/export_onnx.py configs/detection/maskrcnn_vigh_t.py it.pth --backbone --out it.pt2
 
-The input `images` is float32 [batch, 3, height, width], RGB, normalised as the config says.
+The input `images` is float32 [batch, channels, height, width], RGB, normalised as the config says.
 Batch, height and width are free, from 33 pixels on. Outputs: `logits` [batch, classes] of a classifier,
 `logits` [batch, classes, height, width] of a segmentor, `map0`, `map1`, ... of a backbone, at its strides.
 
@@ -36,16 +36,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 from mmvig.backbones.base import Backbone
 from mmvig.backbones.layers import use_any_device
 from mmvig.engine import cli
+from mmvig.engine.errors import said_in_one_line
 from mmvig.engine.files import write_whole
-from mmvig.engine.preflight import SetupError, check_checkpoint, one_line_errors
+from mmvig.engine.images import MAX_SIDE, check_shape, input_channels
+from mmvig.engine.preflight import SetupError, check_checkpoint, check_writable, one_line_errors
 from mmvig.ops.bigla import bigla, unpack
 
 ONNX_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
+OPSETS = range(18, 24)
 TOLERANCE = 1e-3  # of the largest output, or of 1
-MIN_SIDE, MAX_SIDE = (
-    33,
-    16384,
-)  # 33: two tokens a side at stride 32, as tracing takes a size of 1 for a constant
+MIN_SIDE = 33  # two tokens a side at stride 32, as tracing takes a size of 1 for a constant
 MAX_ROWS, MAX_TOKENS = 2**20, 2**25  # batch * heads; 2**25: more than 16384 x 16384 pixels have at stride 4
 SHAPES = {'mmseg': (512, 512)}
 DEFAULT_SHAPE = (224, 224)
@@ -67,7 +67,12 @@ def parse_args() -> argparse.Namespace:
         metavar=('H', 'W'),
         help='image size to trace; default: 512 512 for segmentors, else 224 224',
     )
-    parser.add_argument('--opset', type=int, default=18, help='of ONNX, from 18 on; default: %(default)s')
+    parser.add_argument(
+        '--opset',
+        type=int,
+        default=OPSETS[0],
+        help=f'of ONNX, {OPSETS[0]} to {OPSETS[-1]}; default: %(default)s',
+    )
     return parser.parse_args()
 
 
@@ -79,7 +84,7 @@ class Segmentor(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, classes, H, W]."""
+        """[B, C, H, W] -> [B, classes, H, W]."""
         head = self.model.decode_head
         logits = head(self.model.extract_feat(images))
         return F.interpolate(logits, images.shape[2:], mode='bilinear', align_corners=head.align_corners)
@@ -99,7 +104,7 @@ def build(cfg: Config, checkpoint: str | None, backbone: bool) -> nn.Module:
         init_default_scope(cfg.default_scope)
     if backbone and 'backbone' not in cfg.model:
         raise SetupError(f'--backbone: the model of {cfg.filename} has none')
-    model = revert_sync_batchnorm(MODELS.build(cfg.model.backbone if backbone else cfg.model))
+    model = revert_sync_batchnorm(MODELS.build(cfg.model.backbone) if backbone else cli.build_model(cfg))
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if not (isinstance(model, Backbone) or kinds & {'ImageClassifier', 'EncoderDecoder'}):
         raise SetupError(
@@ -171,7 +176,7 @@ def trace(model: nn.Module, shape: tuple[int, int]) -> torch.export.ExportedProg
         3: torch.export.Dim('width', min=MIN_SIDE, max=MAX_SIDE),
     }
     # Two images: a batch of one would be taken for a constant.
-    images = torch.rand(2, 3, *shape)
+    images = torch.rand(2, input_channels(model), *shape)
     with torch.no_grad(), mock.patch.object(nn.AdaptiveAvgPool2d, 'forward', _adaptive_average):
         return torch.export.export(model, (images,), dynamic_shapes=(dims,))
 
@@ -184,7 +189,7 @@ def to_onnx(model: nn.Module, shape: tuple[int, int], opset: int) -> bytes:
     with mock.patch('mmvig.backbones.mixer.bigla_packed', calls):
         program = trace(model, shape)
     with torch.no_grad():
-        outputs = model(torch.zeros(1, 3, *shape))
+        outputs = model(torch.zeros(1, input_channels(model), *shape))
     names = [f'map{i}' for i in range(len(outputs))] if isinstance(outputs, tuple) else ['logits']
     exported = _convert(program, opset, input_names=['images'], output_names=names)
     for widths in calls.widths:
@@ -258,7 +263,7 @@ def check(model: nn.Module, run: Callable, shape: tuple[int, int]) -> None:
     sizes = [(2, height, width), (1, max(height * 2 // 3, 35), max(width * 5 // 4, 47))]
     sizes.append((3, max(height // 2 + 1, MIN_SIDE), max(width // 3 + 2, MIN_SIDE)))
     for batch, *size in sizes:
-        images = torch.randn(batch, 3, *size, generator=generator)
+        images = torch.randn(batch, input_channels(model), *size, generator=generator)
         with torch.no_grad():
             expected = _listed(model(images))
             found = run(images)
@@ -283,18 +288,21 @@ def check_arguments(args: argparse.Namespace) -> None:
     out = Path(args.out)
     if out.suffix not in ('.onnx', '.pt2'):
         raise SetupError(f'--out {out}: it must end in .onnx or .pt2')
+    check_writable('--out', out)
     if not out.parent.is_dir():
         raise SetupError(f'--out {out}: there is no folder {out.parent.absolute()}')
-    if args.shape and not all(MIN_SIDE <= side <= MAX_SIDE for side in args.shape):
-        raise SetupError(f'--shape takes sides from {MIN_SIDE} to {MAX_SIDE}, got {args.shape}')
+    check_shape(args.shape, MIN_SIDE)
     if out.suffix == '.onnx':
         missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
         if missing:
             raise SetupError(f'ONNX needs {", ".join(missing)}: pip install {" ".join(missing)}')
         if not hasattr(torch.onnx, 'ops'):
             raise SetupError(f'ONNX needs torch 2.8 or newer, this is {torch.__version__}')
-        if args.opset < 18:
-            raise SetupError(f'--opset must be at least 18, got {args.opset}')
+        # Beyond the highest the exporter says nothing and stays at the lowest.
+        if args.opset not in OPSETS:
+            raise SetupError(f'--opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {args.opset}')
+    elif args.opset != OPSETS[0]:
+        raise SetupError(f'--opset is for .onnx files, and --out is {out}')
     if args.checkpoint:
         check_checkpoint(args.checkpoint, args.config)
 
@@ -305,17 +313,18 @@ def main() -> None:
         args = parse_args()
         check_arguments(args)
         cfg = cli.read_config_file(args.config)
-        model = build(cfg, args.checkpoint, args.backbone)
-        if not args.checkpoint:
-            print('Without a checkpoint, the weights are random.')
         shape = tuple(args.shape or SHAPES.get(cfg.get('default_scope'), DEFAULT_SHAPE))
         logging.getLogger('torch.onnx').setLevel(logging.ERROR)
-        if args.out.endswith('.onnx'):
-            data = to_onnx(model, shape, args.opset)
-            check(model, run_onnx(data), shape)
-        else:
-            data = to_program(model, shape)
-            check(model, run_program(data), shape)
+        with said_in_one_line(cfg):
+            model = build(cfg, args.checkpoint, args.backbone)
+            if not args.checkpoint:
+                print('Without a checkpoint, the weights are random.')
+            if args.out.endswith('.onnx'):
+                data = to_onnx(model, shape, args.opset)
+                check(model, run_onnx(data), shape)
+            else:
+                data = to_program(model, shape)
+                check(model, run_program(data), shape)
         write_whole(args.out, data)
     print(args.out)
 

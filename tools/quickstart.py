@@ -15,6 +15,11 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+
+from mmvig.engine import cli
+from mmvig.engine.preflight import SetupError, check_writable, one_line_errors, type_name
+
 TOOLS = Path(__file__).resolve().parent
 CONFIGS = TOOLS.parent / 'configs/detection'
 GPU_CONFIG = 'maskrcnn_vigh_t_shapes.py'
@@ -49,12 +54,33 @@ def run(script: str, *arguments: str) -> None:
         sys.exit(status)
 
 
+def check_config(path: str) -> None:
+    """Check before the training that a config has what the later steps ask for.
+
+    Raises:
+        SetupError: It cannot be read, or is not of detection on a data set with COCO's measures.
+    """
+    cfg = cli.read_config_file(path)
+    if cfg.get('default_scope') != 'mmdet' or 'test_dataloader' not in cfg:
+        raise SetupError(f'{path} is no detection config with a test_dataloader, which a quick start needs')
+    data = cfg.test_dataloader.dataset
+    if not ('data_root' in data and 'img' in data.get('data_prefix', {})):
+        raise SetupError(
+            f'{path}: its test data set has no data_root and data_prefix.img to draw images of'
+        )
+    if type_name(cfg.get('test_evaluator') or {}) != 'CocoMetric':
+        raise SetupError(f'{path}: its test_evaluator is no CocoMetric, which measures the box AP')
+
+
 def main() -> None:
     """Run the steps and say what came out."""
     start = time.monotonic()
     args = parse_args()
     gpu = torch.cuda.is_available()
     config = args.config or short(CONFIGS / (GPU_CONFIG if gpu else CPU_CONFIG))
+    with one_line_errors():
+        check_config(config)
+        check_writable('--work-dir', args.work_dir, folder=True)
     if not (args.config or gpu):
         print('There is no GPU, so this takes smaller images, slimmer heads and fewer iterations.')
 
@@ -72,13 +98,16 @@ def main() -> None:
 
     metrics = json.loads(max(test_dir.glob('*/*.json')).read_text())
     minutes = (time.monotonic() - start) / 60
+    training = cfg.train_cfg
+    length = (
+        f'{training.max_iters} iterations' if 'max_iters' in training else f'{training.max_epochs} epochs'
+    )
     device = 'a GPU' if gpu else f'{os.cpu_count()} CPU cores'
     print(
-        f'\n{config}: {cfg.train_cfg.max_iters} iterations from scratch, '
-        f'{minutes:.1f} minutes in all on {device}\n'
+        f'\n{config}: {length} from scratch, {minutes:.1f} minutes in all on {device}\n'
         f'  box AP      {metrics["coco/bbox_mAP"]:.3f}\n'
-        f'  mask AP     {metrics["coco/segm_mAP"]:.3f}\n'
-        f'  checkpoint  {checkpoint}\n'
+        + (f'  mask AP     {metrics["coco/segm_mAP"]:.3f}\n' if 'coco/segm_mAP' in metrics else '')
+        + f'  checkpoint  {checkpoint}\n'
         f'  pictures    {pictures}/\n'
         f'  curves      {work_dir / "curves.png"}'
     )

@@ -13,7 +13,7 @@ Any backbone of feature maps can be compared: mmdet's Swin with ViG-H, trained w
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -32,9 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, i
 import inputs
 
 from mmvig.engine import cli
-from mmvig.engine.preflight import SetupError, check_file, one_line_errors
+from mmvig.engine.errors import said_in_one_line
+from mmvig.engine.images import ImageReader, input_channels, preprocess
+from mmvig.engine.preflight import SetupError, check_checkpoint, check_file, one_line_errors
 
 DEFAULT_SHAPE = (224, 224)
+MAX_NOISE = 100_000
 CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 SHARES = (0.2, 0.5, 0.99)
 FLOOR = 1e-4  # of the peak: the darkest colour
@@ -52,7 +55,11 @@ def parse_args() -> argparse.Namespace:
         help='one or several config files, each with a checkpoint after it or without',
     )
     parser.add_argument('--stage', type=int, help='which output, of out_indices; default: the last')
-    parser.add_argument('--images', nargs='+', help='image files to average over; default: noise')
+    parser.add_argument(
+        '--images',
+        nargs='+',
+        help="image files to average over, read as the config's test pipeline does; default: noise",
+    )
     parser.add_argument('--noise', type=int, default=16, help='images of noise; default: %(default)s')
     inputs.add_shared_arguments(parser, '{} {}'.format(*DEFAULT_SHAPE))
     return parser.parse_args()
@@ -143,15 +150,23 @@ def pair_up(models: Sequence[str]) -> list[tuple[str, str | None]]:
     return pairs
 
 
-def pictures(cfg: Config, args: argparse.Namespace) -> Iterable[Tensor]:
-    """The images, normalised as the config says, or noise; [1, 3, H, W]."""
-    shape = tuple(args.shape or DEFAULT_SHAPE)
+def pictures(cfg: Config, backbone: nn.Module, args: argparse.Namespace) -> Iterator[Tensor]:
+    """The images, normalised as the config says, or noise; [1, C, H, W].
+
+    Raises:
+        SetupError: An image cannot be read, or the backbone takes other channels.
+    """
+    shape = args.shape or DEFAULT_SHAPE
+    reader = ImageReader(cfg) if args.images else None
     generator = torch.Generator().manual_seed(0)
     for path in args.images or []:
-        yield inputs.normalise(cfg, inputs.read_image(path, shape)).to(args.device)
+        image = inputs.read_image(reader, path, shape)
+        inputs.check_image(backbone, image.shape, path)
+        yield preprocess(cfg, image).to(args.device)
     for _ in range(0 if args.images else args.noise):
         # Of zero mean and unit variance, as normalised images are.
-        yield torch.randn(1, 3, *shape, generator=generator).to(args.device)
+        noise = torch.randn(1, input_channels(backbone), *shape, generator=generator)
+        yield noise.to(args.device)
 
 
 def draw(fields: dict[str, np.ndarray]) -> plt.Figure:
@@ -172,18 +187,22 @@ def main() -> None:
     with one_line_errors():
         args = parse_args()
         inputs.check_shared_arguments(args)
-        if args.noise < 1:
-            raise SetupError(f'--noise must be at least 1, got {args.noise}')
+        if not 1 <= args.noise <= MAX_NOISE:
+            raise SetupError(f'--noise must be from 1 to {MAX_NOISE}, got {args.noise}')
         pairs = pair_up(args.models)
+        for config, checkpoint in pairs:
+            if checkpoint:
+                check_checkpoint(checkpoint, config)
         for path in args.images or []:
             check_file(path, 'image', 'give the path of an image')
         fields = {}
         for config, checkpoint in pairs:
             cfg = cli.read_config_file(config)
-            backbone = inputs.load_backbone(cfg, checkpoint).to(args.device)
-            inputs.check_side(backbone, args.shape or DEFAULT_SHAPE, config)
-            output = output_of(backbone, args.stage, config)
-            field = effective_receptive_field(backbone, pictures(cfg, args), output)
+            with said_in_one_line(cfg):
+                backbone = inputs.load_backbone(cfg, checkpoint).to(args.device)
+                inputs.check_image(backbone, args.shape or DEFAULT_SHAPE, config)
+                output = output_of(backbone, args.stage, config)
+                field = effective_receptive_field(backbone, pictures(cfg, backbone, args), output)
             name = inputs.title(config, checkpoint)
             fields[name if name not in fields else f'{name} ({len(fields) + 1})'] = field
         print(f'{"the fewest pixels that hold":50}' + ''.join(f'{share:>8.0%}' for share in SHARES))

@@ -35,6 +35,8 @@ import inputs
 from mmvig.backbones.base import Backbone
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.engine import cli
+from mmvig.engine.errors import said_in_one_line
+from mmvig.engine.images import ImageReader, as_picture, preprocess
 from mmvig.engine.preflight import SetupError, one_line_errors
 from mmvig.ops.bigla import bigla_packed
 
@@ -60,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', help='config file of a model with a ViGH or ViG backbone')
     parser.add_argument('checkpoint', help="checkpoint file, or 'none'")
-    parser.add_argument('image', help='image file')
+    parser.add_argument('image', help="image file, read as the config's test pipeline does")
     parser.add_argument(
         '--blocks',
         nargs='+',
@@ -218,25 +220,27 @@ def main() -> None:
         args = parse_args()
         inputs.check_shared_arguments(args)
         cfg = cli.read_config_file(args.config)
-        image = inputs.read_image(args.image, tuple(args.shape) if args.shape else None)
+        inputs.check_file(args.image, 'image', 'give the path of an image')
         checkpoint = None if args.checkpoint == 'none' else args.checkpoint
-        backbone = inputs.load_backbone(cfg, checkpoint)
-        if not isinstance(backbone, Backbone):
-            raise SetupError(
-                f'{args.config} has a {type(backbone).__name__} for a backbone, which has no decay gates: '
-                'give a config with mmvig.ViGH or mmvig.ViG'
-            )
-        mixers = choose_blocks(backbone, args.blocks)
-        check_selection(mixers, args.heads, args.channels)
-        inputs.check_side(backbone, image.shape[:2], args.image)
-        pixels = inputs.normalise(cfg, image).to(args.device)
-        maps = gate_maps(backbone.to(args.device), pixels, mixers, args.heads, args.channels)
+        with said_in_one_line(cfg):
+            backbone = inputs.load_backbone(cfg, checkpoint)
+            if not isinstance(backbone, Backbone):
+                raise SetupError(
+                    f'{args.config} has a {type(backbone).__name__} for a backbone, without decay gates: '
+                    'give a config with mmvig.ViGH or mmvig.ViG'
+                )
+            mixers = choose_blocks(backbone, args.blocks)
+            check_selection(mixers, args.heads, args.channels)
+            image = inputs.read_image(ImageReader(cfg), args.image, args.shape)
+            inputs.check_image(backbone, image.shape, args.image)
+            pixels = preprocess(cfg, image).to(args.device)
+            maps = gate_maps(backbone.to(args.device), pixels, mixers, args.heads, args.channels)
         print(f'{"block":8}{"tokens":12}{"direction":12}{"median decay":>14}{"median memory, tokens":>24}')
         for name, block in maps.items():
             tokens = '{} x {}'.format(*block.decay.shape[1:])
             for direction, decay, memory in zip(DIRECTIONS, block.decay, block.memory, strict=True):
                 print(f'{name:8}{tokens:12}{direction:12}{np.median(decay):14.4f}{np.median(memory):24.1f}')
-        figure = draw(image[..., ::-1], maps)
+        figure = draw(as_picture(image)[..., ::-1], maps)
         figure.suptitle(inputs.title(args.config, checkpoint).replace('\n', ', '))
         inputs.save(figure, args.out)
     print(args.out)

@@ -16,8 +16,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from mmengine.config import Config
 from mmengine.model import BaseModel, revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, i
 
 from mmvig.backbones.layers import use_any_device
 from mmvig.engine import cli
+from mmvig.engine.errors import said_in_one_line
+from mmvig.engine.images import check_shape, input_channels
 from mmvig.engine.preflight import SetupError, one_line_errors
 
 # Image sizes of published figures, by a config's default scope.
@@ -111,14 +114,19 @@ def count_config(path: str, shape: tuple[int, int] | None = None) -> tuple[dict,
     if 'model' not in cfg:
         raise SetupError(f'{path} has no model to count')
     scope = cfg.get('default_scope')
-    height, width = shape = tuple(shape or SHAPES.get(scope, DEFAULT_SHAPE))
-    if min(shape) < 1:
-        raise SetupError(f'--shape must be two sizes of at least 1, got {height} {width}')
+    check_shape(shape)
+    shape = tuple(shape or SHAPES.get(scope, DEFAULT_SHAPE))
+    with said_in_one_line(cfg):
+        return _count_model(cfg, shape), shape
+
+
+def _count_model(cfg: Config, shape: tuple[int, int]) -> dict:
     import mmvig.compat  # noqa: F401  before what imports mmcv.ops
 
+    scope = cfg.get('default_scope')
     if scope:
         init_default_scope(scope)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    model = revert_sync_batchnorm(cli.build_model(cfg)).eval()
     use_any_device(model)
     options = {'mode': 'tensor'} if isinstance(model, BaseModel) else {}
     if scope == 'mmdet':
@@ -126,7 +134,7 @@ def count_config(path: str, shape: tuple[int, int] | None = None) -> tuple[dict,
 
         meta = {name: shape for name in ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')}
         options['data_samples'] = [DetDataSample(metainfo={**meta, 'scale_factor': (1.0, 1.0)})]
-    return count(model, torch.zeros(1, 3, *shape), **options), shape
+    return count(model, torch.zeros(1, input_channels(model), *shape), **options)
 
 
 def main() -> None:

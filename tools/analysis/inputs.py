@@ -4,6 +4,7 @@ import io
 import logging
 import sys
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -14,14 +15,15 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
 
 from mmvig.backbones.base import Backbone
 from mmvig.engine import cli
 from mmvig.engine.files import write_whole
-from mmvig.engine.preflight import SetupError, check_checkpoint, check_file
+from mmvig.engine.images import ImageReader, check_shape, input_channels
+from mmvig.engine.preflight import SetupError, check_checkpoint, check_device, check_file, check_writable
 
 PICTURES = ('.png', '.pdf', '.svg')
 
@@ -45,15 +47,11 @@ def check_shared_arguments(args) -> None:
     Raises:
         SetupError: The shape is no image, the picture has another suffix, or the device is not there.
     """
-    if args.shape and min(args.shape) < 1:
-        raise SetupError(f'--shape must be two sizes of at least 1, got {args.shape[0]} {args.shape[1]}')
+    check_shape(args.shape)
     if Path(args.out).suffix not in PICTURES:
         raise SetupError(f'--out {args.out}: it must end in {" or ".join(PICTURES)}')
-    args.device = args.device or ('cuda:0' if torch.cuda.is_available() else 'cpu')
-    try:
-        torch.empty(0, device=args.device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:  # as torch's backends have it
-        raise SetupError(f'--device {args.device}: {str(error).splitlines()[0]}') from error
+    check_writable('--out', args.out)
+    args.device = check_device(args.device)
 
 
 def load_backbone(cfg: Config, checkpoint: str | None) -> nn.Module:
@@ -94,56 +92,51 @@ def load_backbone(cfg: Config, checkpoint: str | None) -> nn.Module:
     return backbone.requires_grad_(False)
 
 
-def check_side(backbone: nn.Module, shape: tuple[int, int], path: str) -> None:
-    """Check that an image is large enough for a backbone of ours.
+def check_image(backbone: nn.Module, shape: tuple[int, ...], path: str) -> None:
+    """Check that a backbone takes an image: its channels, and for a backbone of ours its size.
+
+    Args:
+        backbone: any.
+        shape: ``[H, W]`` or ``[H, W, C]``; the channels of the former are not looked at.
+        path: of what has this shape.
 
     Raises:
-        SetupError: It is not.
+        SetupError: It does not.
     """
-    if isinstance(backbone, Backbone) and min(shape) < backbone.min_side:
+    name = type(backbone).__name__
+    if isinstance(backbone, Backbone) and min(shape[:2]) < backbone.min_side:
         raise SetupError(
-            f'{path}: {type(backbone).__name__} takes image sides from {backbone.min_side} on, got '
-            f'{shape[0]} x {shape[1]}; give a larger --shape'
+            f'{path}: {name} takes image sides from {backbone.min_side} on, got {shape[0]} x {shape[1]}; '
+            'give a larger --shape'
+        )
+    if tuple(shape[2:]) not in ((), (input_channels(backbone),)):
+        raise SetupError(
+            f'{path} has {shape[2]} channels as the test pipeline loads it, and {name} takes '
+            f'{input_channels(backbone)}: set another color_type in the pipeline, or in_channels'
         )
 
 
-def read_image(path: str, shape: tuple[int, int] | None) -> np.ndarray:
-    """An image [H, W, 3], BGR uint8; with a shape, scaled to cover it and cropped around the centre.
+def read_image(reader: ImageReader, path: str, shape: Sequence[int] | None) -> np.ndarray:
+    """An image [H, W, C] as the test pipeline loads it; with a shape, scaled to cover it and cropped.
 
     Raises:
-        SetupError: It is missing or no image.
+        SetupError: It is missing, or cannot be read.
     """
     check_file(path, 'image', 'give the path of an image')
-    image = cv2.imread(path)
-    if image is None:
-        raise SetupError(f'{path} is no image that OpenCV can read')
+    image = np.atleast_3d(reader.load(path))
     if shape is None:
         return image
+    if image.dtype not in (np.uint8, np.uint16, np.float32, np.float64):  # all that OpenCV resizes
+        image = image.astype(np.float32)
     scale = max(new / old for new, old in zip(shape, image.shape[:2], strict=True))
     height, width = (max(new, round(old * scale)) for new, old in zip(shape, image.shape[:2], strict=True))
     # Averages pixels on the way down, where interpolating would skip some.
     method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
-    image = cv2.resize(image, (width, height), interpolation=method)
+    # One by one, as OpenCV averages four channels at most.
+    channels = [cv2.resize(channel, (width, height), interpolation=method) for channel in cv2.split(image)]
+    image = np.stack(channels, axis=-1)
     top, left = (height - shape[0]) // 2, (width - shape[1]) // 2
     return image[top : top + shape[0], left : left + shape[1]]
-
-
-def normalise(cfg: Config, image: np.ndarray) -> Tensor:
-    """A BGR image as the config's data preprocessor hands it to the backbone, [1, 3, H, W].
-
-    Raises:
-        SetupError: The config does not say how.
-    """
-    settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
-    if not (settings.get('mean') and settings.get('std')):
-        raise SetupError(
-            f'{cfg.filename} has no data_preprocessor with mean and std to normalise an image with: add '
-            'one to its model'
-        )
-    if settings.get('bgr_to_rgb') or settings.get('to_rgb'):  # mmdet's and mmseg's name, mmpretrain's
-        image = image[..., ::-1]
-    pixels = (image.astype(np.float32) - settings['mean']) / settings['std']
-    return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None].contiguous()
 
 
 def title(config: str, checkpoint: str | None) -> str:

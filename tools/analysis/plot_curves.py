@@ -1,6 +1,7 @@
 """Plot the training curves of one or several runs: losses, learning rate, validation metrics."""
 
 import argparse
+import io
 import json
 import sys
 from collections import defaultdict
@@ -16,7 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
 
-from mmvig.engine.preflight import SetupError, one_line_errors
+from mmvig.engine.files import write_whole
+from mmvig.engine.preflight import SetupError, check_writable, one_line_errors
 
 BOOKKEEPING = {'step', 'iter', 'epoch', 'time', 'data_time', 'memory'}
 LINE_STYLES = ['-', '--', ':', '-.']
@@ -30,6 +32,7 @@ class Run:
 
     curves: dict[str, Curve] = field(default_factory=lambda: defaultdict(list))
     validated: set[str] = field(default_factory=set)  # the keys that validation logged
+    not_finite: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # values left out
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,21 +56,51 @@ def scalar_files(run: str) -> list[Path]:
     """
     path = Path(run)
     files = sorted(path.glob('*/vis_data/scalars.json')) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
+    if not files or not all(file.is_file() for file in files):
         raise SetupError(f'no scalars in {run}: expected a work dir that was trained in, or a JSON')
     return files
+
+
+def read_records(file: Path) -> list[dict]:
+    """The lines of a log; a last one that is cut off, as a run that is killed leaves it, is left out.
+
+    Raises:
+        SetupError: The file is no such log.
+    """
+    try:
+        lines = file.read_text().splitlines(keepends=True)
+    except (OSError, ValueError) as error:
+        raise SetupError(f'{file} cannot be read as a log: {error}') from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines) > 1 and not line.endswith('\n'):
+                print(f'{file}: the last line is cut off, so it is left out')
+                break
+            raise SetupError(f'{file}, line {number} is no JSON: {error}') from error
+        if not isinstance(record, dict) or not isinstance(record.get('step', 0), (int, float)):
+            raise SetupError(f'{file}, line {number} is no record of a run: {line.strip()[:80]}')
+        if ('lr' in record or 'loss' in record) and not 0 <= record.get('step', -1) < 2**53:
+            raise SetupError(f'{file}, line {number} has no step: {line.strip()[:80]}')
+        records.append(record)
+    return records
 
 
 def read_run(files: list[Path]) -> Run:
     """Read what a run logged; where it was resumed, the later start replaces the earlier one.
 
     Validation lines carry the epoch, the iteration or nothing of use, as the config has it, so each
-    is placed at the iteration of the training line before it.
+    is placed at the iteration of the training line before it. Values that are not finite are counted.
+
+    Raises:
+        SetupError: A file is no log of a run, or they hold no numbers.
     """
     records: list[tuple[int, bool, dict]] = []
     for file in files:
         here = None
-        for record in map(json.loads, file.read_text().splitlines()):
+        for record in read_records(file):
             training = 'lr' in record or 'loss' in record
             if training:
                 if here is None:
@@ -77,10 +110,16 @@ def read_run(files: list[Path]) -> Run:
     run = Run()
     for step, training, record in records:
         for key, value in record.items():
-            if key not in BOOKKEEPING and isinstance(value, (int, float)):
-                run.curves[key].append((step, value))
-                if not training:
-                    run.validated.add(key)
+            if key in BOOKKEEPING or not isinstance(value, (int, float)):
+                continue
+            if not abs(value) <= sys.float_info.max:
+                run.not_finite[key] += 1
+                continue
+            run.curves[key].append((step, value))
+            if not training:
+                run.validated.add(key)
+    if not run.curves:
+        raise SetupError(f'{", ".join(map(str, files))}: there are no finite numbers to plot')
     return run
 
 
@@ -105,7 +144,7 @@ def choose_keys(runs: list[Run], wanted: list[str] | None) -> list[str]:
         absent = [key for key in wanted if key not in known]
         if absent:
             raise SetupError(f'no {", ".join(absent)} in the runs; there is {", ".join(known)}')
-        return wanted
+        return list(dict.fromkeys(wanted))
     validated = set().union(*(run.validated for run in runs))
     details = {key for key in known for shorter in known if key.startswith(f'{shorter}_')}
     return [k for k in known if panel_of(k) != 'Metrics' or k in validated - details]
@@ -175,18 +214,25 @@ def main() -> None:
     """Read the runs, draw them and print where the picture is."""
     with one_line_errors():
         args = parse_args()
+        first = Path(args.runs[0])
+        out = Path(args.out or (first if first.is_dir() else first.parent) / 'curves.png')
+        if out.suffix != '.png':
+            raise SetupError(f'--out {out}: it must end in .png')
+        check_writable('--out', out)
         names = [Path(run).resolve().name for run in args.runs]
         if len(set(names)) < len(names):
             names = args.runs
         runs = {name: read_run(scalar_files(run)) for name, run in zip(names, args.runs, strict=True)}
         keys = choose_keys(list(runs.values()), args.keys)
-    first = Path(args.runs[0])
-    out = Path(args.out or (first if first.is_dir() else first.parent) / 'curves.png')
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure = draw(runs, keys)
-    if len(runs) == 1:
-        figure.suptitle(names[0])
-    figure.savefig(out, dpi=150)
+        for name, run in runs.items():
+            for key, count in run.not_finite.items():
+                print(f'{name}: {count} values of {key} are NaN or infinite, so they are left out')
+        figure = draw(runs, keys)
+        if len(runs) == 1:
+            figure.suptitle(names[0])
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format='png', dpi=150)
+        write_whole(out, buffer.getvalue())
     print(out)
 
 
