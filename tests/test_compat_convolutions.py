@@ -125,6 +125,22 @@ def test_deformable_convolution_2_and_its_gradients_follow_the_definition(sizes,
     assert_same(values_and_gradients(actual, leaves), values_and_gradients(expected, leaves))
 
 
+def test_offsets_of_a_larger_map_are_read_as_mmcvs_kernel_does():
+    """DyHead hands on those of another level: sample [c, y, x] lies at (c * height + y) * width + x."""
+    x, offset, mask, weight, bias = deform_conv_arguments(GROUPED)
+    height, width = offset.shape[2:]
+    large = [random(2, y.shape[1], height + 3, 2 * width, seed=5 + i) for i, y in enumerate((offset, mask))]
+    small = []
+    for y in large:
+        order = torch.arange(y.shape[1] * height * width).view(-1, height, width)
+        small.append(y.flatten(1)[:, order])
+    leaves = [x, *large, weight, bias]
+    expected = deform_conv_by_definition(x, *small, weight, bias, **GROUPED)
+    assert_same(
+        values_and_gradients(version_2(*leaves, **GROUPED), leaves), values_and_gradients(expected, leaves)
+    )
+
+
 @pytest.mark.parametrize('frozen', ['weight', 'input'])
 def test_deformable_convolution_1_gives_gradients_to_a_part_alone(frozen):
     x, offset, _, weight, _ = deform_conv_arguments(GROUPED)

@@ -114,8 +114,9 @@ def modulated_deform_conv_forward(
         weight: [O, C / group, kernel_h, kernel_w].
         bias: [O], unused without ``with_bias``.
         ones: Unused, a buffer; ``columns`` too.
-        offset: [B, deformable_group * kernel_h * kernel_w * 2, H', W'], y before x.
-        mask: [B, deformable_group * kernel_h * kernel_w, H', W'], a factor of each sample.
+        offset: [B, deformable_group * kernel_h * kernel_w * 2, H', W'], y before x. Of a larger map, as
+            DyHead has them, the first values in memory count, as with mmcv's own kernel.
+        mask: [B, deformable_group * kernel_h * kernel_w, H', W'], a factor of each sample; likewise.
         output: [B, O, H', W'], overwritten.
         columns: See above.
         with_bias: Whether there is a bias.
@@ -123,6 +124,7 @@ def modulated_deform_conv_forward(
             ``pad_w``, ``dilation_h``, ``dilation_w``, ``group`` and ``deformable_group``.
     """
     numbers = [numbers[key] for key in _VERSION_2]
+    offset, mask = (_read_as_map(x, output.shape[2:]) for x in (offset, mask))
     output.copy_(_deform_conv(input, weight, offset, mask, bias if with_bias else None, numbers))
 
 
@@ -146,12 +148,22 @@ def modulated_deform_conv_backward(
 ) -> None:
     """Write the gradients of :func:`modulated_deform_conv_forward`, each shaped as what it belongs to."""
     numbers = [numbers[key] for key in _VERSION_2]
+    offset, mask = (_read_as_map(x, grad_output.shape[2:]) for x in (offset, mask))
     bias = bias if with_bias else None
     grads = _deform_conv_gradients(grad_output, input, weight, offset, mask, bias, numbers)
-    for buffer, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads[:4], strict=True):
-        buffer.copy_(grad)
+    grad_input.copy_(grads[0])
+    grad_weight.copy_(grads[1])
+    for buffer, grad in zip((grad_offset, grad_mask), grads[2:4], strict=True):
+        unread = buffer[0].numel() - grad[0].numel()
+        buffer.copy_(F.pad(grad.flatten(1), (0, unread)).view_as(buffer))
     if with_bias:
         grad_bias.copy_(grads[4])
+
+
+def _read_as_map(values: Tensor, size: Sequence[int]) -> Tensor:
+    """Each image's first values, [B, K, ...] read as [B, K, *size]."""
+    count = values.shape[1] * size[0] * size[1]
+    return values.flatten(1)[:, :count].reshape(*values.shape[:2], *size)
 
 
 def _deform_conv(
