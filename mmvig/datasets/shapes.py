@@ -33,7 +33,7 @@ from tqdm import tqdm
 from mmvig.datasets.scene import CLASSES, HEIGHT, WIDTH, draw_scene
 
 _DEFAULTS = {'num_train': 400, 'num_val': 100, 'seed': 0}
-_FORMAT = 1  # raise it with every change of the pictures or files, so that old sets are recognised
+_FORMAT = 2  # raise it with every change of the pictures or files, so that old sets are recognised
 _SPLITS = ('train', 'val')
 
 
@@ -94,8 +94,17 @@ def _write_split(root: Path, split: str, count: int, seed: int, progress: tqdm) 
         images.append({'id': index, 'file_name': image_file.name, **size})
         annotations += _annotations(instances, labels, index, first_id=len(annotations) + 1)
         progress.update()
-    categories = [{'id': number, 'name': name} for number, name in enumerate(CLASSES, start=1)]
-    coco = {'images': images, 'annotations': annotations, 'categories': categories}
+    categories = [
+        {'id': number, 'name': name, 'supercategory': 'shape'}
+        for number, name in enumerate(CLASSES, start=1)
+    ]
+    coco = {
+        'info': {'description': f'shapes, {split}'},
+        'licenses': [],
+        'images': images,
+        'annotations': annotations,
+        'categories': categories,
+    }
     path = _annotation_file(root, split)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(coco, separators=(',', ':')))
@@ -108,14 +117,15 @@ def _is_made(root: Path, wanted: dict[str, int]) -> bool:
     advice = 'remove it, or name another folder'
     try:
         meta = json.loads((root / 'meta.json').read_text())
-    except (OSError, ValueError) as error:
+        counts = {split: int(meta[f'num_{split}']) for split in _SPLITS}
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise FileExistsError(f'{root} is not a shapes data set ({error}): {advice}') from None
     for name, value in {'name': 'shapes', 'format': _FORMAT, **wanted}.items():
         if meta.get(name) != value:
             raise FileExistsError(f'{root} has {name}={meta.get(name)}, not {value}: {advice}')
     for split in _SPLITS:
         files = [_annotation_file(root, split)]
-        for index in range(meta[f'num_{split}']):
+        for index in range(counts[split]):
             files += _image_files(root, split, index)
         for file in files:
             if not file.is_file():
@@ -152,23 +162,34 @@ def ensure_shapes(
         `root` as an absolute path.
 
     Raises:
+        TypeError: if `root` is no path, or another argument no int.
         ValueError: if a number of images is below 1 or the seed is negative.
         FileExistsError: if `root` holds other things, an incomplete set, or one made with other
             parameters than those given.
+        OSError: if it cannot be written.
     """
+    if not isinstance(root, (str, os.PathLike)) or '\0' in os.fspath(root):
+        raise TypeError(f'root must be the path of a folder, got {root!r}')
     root = Path(root).absolute()
     given = {'num_train': num_train, 'num_val': num_val, 'seed': seed}
     wanted = {name: value for name, value in given.items() if value is not None}
     for name, value in wanted.items():
+        if type(value) is not int:
+            raise TypeError(f'{name} must be an int, got {value!r}')
         least = 0 if name == 'seed' else 1
         if value < least:
             raise ValueError(f'{name} is {value}, expected at least {least}')
-    if _is_made(root, wanted):
-        return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one_process(root.with_name(f'.{root.name}.lock')):
-        if not _is_made(root, wanted):  # another process may have made it meanwhile
-            _make(root, {**_DEFAULTS, **wanted})
+    try:
+        if not _is_made(root, wanted):
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with _only_one_process(root.with_name(f'.{root.name}.lock')):
+                if not _is_made(root, wanted):  # another process may have made it meanwhile
+                    _make(root, {**_DEFAULTS, **wanted})
+    except OSError as error:
+        if error.errno is None:  # one of those above, which say it all
+            raise
+        reason = f'{error.strerror}: {error.filename}' if error.filename else error.strerror
+        raise type(error)(f'{root} cannot be made ({reason}): name another, writable folder') from error
     return root
 
 
@@ -198,7 +219,11 @@ def main() -> None:
     for name, default in _DEFAULTS.items():
         option = f'--{name.replace("_", "-")}'
         parser.add_argument(option, type=int, help=f'{default} by default')
-    print(f'shapes: {ensure_shapes(**vars(parser.parse_args()))}')
+    args = parser.parse_args()
+    try:
+        print(f'shapes: {ensure_shapes(**vars(args))}')
+    except (OSError, ValueError) as error:
+        parser.exit(2, f'error: {error}\n')
 
 
 if __name__ == '__main__':

@@ -55,8 +55,10 @@ def test_an_image_depends_on_seed_and_place_only(root, tmp_path):
 @pytest.mark.parametrize('split', COUNTS)
 def test_coco_annotations(root, split):
     coco = COCO(root / 'annotations' / f'instances_{split}.json')
+    assert {'info', 'licenses'} < set(coco.dataset)  # what mmdet's split_coco.py wants beside the rest
     assert len(coco.imgs) == COUNTS[split]
     assert [category['name'] for category in coco.loadCats(coco.getCatIds())] == list(CLASSES)
+    assert coco.getCatIds(supNms=['shape']) == coco.getCatIds()  # mmdet's coco_error_analysis.py reads them
     assert {ann['category_id'] for ann in coco.anns.values()} == set(coco.getCatIds())
     for annotation in coco.anns.values():
         rle = coco.annToRLE(annotation)
@@ -129,6 +131,23 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match='is not a shapes data set'):
         ensure_shapes(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
+
+
+@pytest.mark.parametrize('root', ['file', 'file/shapes', '/proc/shapes'])
+def test_a_place_where_nothing_can_be_made(tmp_path, monkeypatch, capsys, root):
+    (tmp_path / 'file').write_text('{}')
+    monkeypatch.setattr('sys.argv', ['shapes', '--root', str(tmp_path / root)])
+    with pytest.raises(SystemExit, match='2'):
+        shapes.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'error: {tmp_path / root} ')
+
+
+@pytest.mark.parametrize('meta', ['[]', '{"name": "shapes"}', 'no json'])
+def test_a_description_of_something_else_is_refused(tiny, meta):
+    (tiny / 'meta.json').write_text(meta)
+    with pytest.raises(FileExistsError, match='is not a shapes data set'):
+        ensure_shapes(tiny)
 
 
 def test_an_empty_folder_is_filled(tmp_path):
