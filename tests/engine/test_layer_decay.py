@@ -12,6 +12,7 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from torch import nn
 
 from mmvig.backbones import ViGH
+from mmvig.engine.preflight import SetupError, check_training
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 ARCH = {'embed_dims': 32, 'depths': [1, 2, 1, 1], 'num_heads': [1, 2, 4, 8]}
@@ -233,3 +234,29 @@ def test_a_fresh_process_needs_no_custom_imports():
     code = FRESH.format(constructor=CONSTRUCTOR)
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
     assert result.stdout.strip().endswith('0.25'), result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    'constructor',
+    [
+        'LearningRateDecayOptimizerConstructor',
+        'mmdet.LearningRateDecayOptimizerConstructor',
+        'mmseg.LayerDecayOptimizerConstructor',
+    ],
+)
+def test_layer_decay_of_other_packages_is_refused_with_the_name_of_ours(constructor):
+    model = {'type': 'MaskRCNN', 'backbone': {'type': 'mmvig.ViGH', 'arch': 'tiny'}}
+    optim_wrapper = {'type': 'OptimWrapper', 'constructor': constructor}
+    cfg = Config(
+        {
+            'model': model,
+            'optim_wrapper': optim_wrapper,
+            'train_dataloader': {'dataset': {'type': 'BaseDataset'}},
+        }
+    )
+    with pytest.raises(SetupError, match=rf"'{constructor}'.*mmvig\.LayerDecayOptimWrapperConstructor"):
+        check_training(cfg)
+    cfg.optim_wrapper.constructor = 'mmvig.LayerDecayOptimWrapperConstructor'
+    check_training(cfg)
+    cfg.optim_wrapper.constructor, cfg.model.backbone.type = constructor, 'ConvNeXt'
+    check_training(cfg)
