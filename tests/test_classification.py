@@ -24,8 +24,9 @@ from golden import (
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.optim import CosineAnnealingLR, LinearLR, build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint
+from mmpretrain import get_model
 from mmpretrain.structures import DataSample
 from PIL import Image
 from programs import run_well
@@ -55,10 +56,10 @@ def load(name):
 
 
 def build(name, **changes):
-    cfg = load(name).model
-    cfg.backbone.update(changes)
+    cfg = load(name)
+    cfg.model.backbone.update(changes)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        return MODELS.build(cfg).eval()
+        return cli.build_model(cfg).eval()
 
 
 @lru_cache(maxsize=2)
@@ -267,7 +268,7 @@ def test_a_classifier_trains_and_is_tested(tmp_path, imagenet):
 
     cfg = Config.fromfile(config)
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(cfg.model)
+        model = cli.build_model(cfg)
     cli.load_strictly(model, str(run / 'epoch_1.pth'))
     assert all(torch.equal(value, averages[key]) for key, value in model.state_dict().items())
 
@@ -412,7 +413,20 @@ def test_peers_on_small_data_differ_in_the_backbone_alone():
     for recipe in recipes:
         del recipe.model['backbone'], recipe.model['neck']  # ConvNeXt averages by itself
     assert recipes[0].to_dict() == recipes[1].to_dict() == recipes[2].to_dict()
-    assert recipes[0].model.head.num_classes == recipes[0].model.data_preprocessor.num_classes == 40
+    assert recipes[0].model.head.num_classes == recipes[0].data_preprocessor.num_classes == 40
+
+
+@pytest.mark.parametrize('name', ['vigh_t', 'vig_t'])
+def test_a_data_preprocessor_at_the_top_of_a_config_is_the_models(name, tmp_path):
+    """As in mmpretrain's own configs."""
+    text = f'_base_ = {str(FOLDER / f"{name}_in1k.py")!r}\ndata_preprocessor = dict(num_classes=7)\n'
+    (tmp_path / 'mine.py').write_text(text)
+    cfg = Config.fromfile(tmp_path / 'mine.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        ours = cli.build_model(Config(cfg.to_dict()))
+    for model in (ours, get_model(cfg)):
+        assert (model.data_preprocessor.num_classes, model.data_preprocessor.to_rgb) == (7, True)
+        assert model.data_preprocessor.mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
 
 
 @pytest.mark.parametrize('name', SMALL_DATA[1:])  # the tool trains ViG-H below
@@ -420,7 +434,7 @@ def test_a_peer_on_small_data_trains_a_step(name):
     torch.manual_seed(0)
     cfg = Config.fromfile(FOLDER / f'{name}_tin.py')
     with DefaultScope.overwrite_default_scope('mmpretrain'):
-        model = MODELS.build(cfg.model).train()
+        model = cli.build_model(cfg).train()
     sizes = {cfg.train_dataloader.dataset.pipeline[1].scale, *cfg.test_dataloader.dataset.pipeline[1].scale}
     (side,) = sizes
     samples = [DataSample().set_gt_label(label) for label in (3, 39)]

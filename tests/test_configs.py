@@ -260,6 +260,12 @@ def test_data_pipelines(name, shapes_root):
     assert len(views['inputs']) == len(views['data_samples']) >= 2
 
 
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name.startswith('segmentation')])
+def test_segmentation_has_its_data_preprocessor_where_mmseg_looks_too(name):
+    cfg = load(name)
+    assert cfg.data_preprocessor == cfg.model.data_preprocessor
+
+
 def test_roi_layers_work_in_bfloat16():
     cfg = load('detection/maskrcnn_vigh_t_shapes.py')
     cfg.model.train_cfg.rcnn.sampler.num = 8  # few regions: convolutions in bfloat16 are slow on a CPU

@@ -6,8 +6,8 @@ _base_ = [
     '../_base_/classification_runtime.py',
 ]
 
+data_preprocessor = dict(num_classes=40)
 model = dict(
-    data_preprocessor=dict(num_classes=40),
     backbone=dict(drop_path_rate=0.1),
     head=dict(num_classes=40),
     train_cfg=None,  # too short for Mixup and CutMix

@@ -6,8 +6,9 @@ _base_ = [
     '../_base_/schedules/adamw_shapes.py',
 ]
 
+data_preprocessor = dict(size=(224, 224))
 model = dict(
-    data_preprocessor=dict(size=(224, 224)),
+    data_preprocessor=data_preprocessor,
     backbone=dict(drop_path_rate=0.0),
     decode_head=dict(channels=128, num_classes=7),
     auxiliary_head=dict(channels=64, num_classes=7),

@@ -1,12 +1,12 @@
 # What the ViG-H and ViG classifiers share.
+data_preprocessor = dict(  # as in mmpretrain's own configs: its Runner and API hand it to the model
+    num_classes=1000,
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375],
+    to_rgb=True,
+)
 model = dict(
     type='ImageClassifier',
-    data_preprocessor=dict(
-        num_classes=1000,
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        to_rgb=True,
-    ),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(
         type='LinearClsHead',

@@ -1,17 +1,18 @@
 # UperNet on ViG-H-T. Start from ImageNet weights with
 #   --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE
 norm_cfg = dict(type='SyncBN', requires_grad=True)
+data_preprocessor = dict(  # where mmseg's scripts look for it
+    type='SegDataPreProcessor',
+    mean=[123.675, 116.28, 103.53],
+    std=[58.395, 57.12, 57.375],
+    bgr_to_rgb=True,
+    pad_val=0,
+    seg_pad_val=255,
+    size=(512, 512),
+)
 model = dict(
     type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size=(512, 512),
-    ),
+    data_preprocessor=data_preprocessor,
     backbone=dict(type='mmvig.ViGH', arch='tiny', drop_path_rate=0.2),
     decode_head=dict(
         type='UPerHead',
