@@ -1,42 +1,42 @@
 """Wrong, foreign, cut off and malicious checkpoint files through every path that reads one.
 
-    python tests/reliability/checkpoints.py [--only WORD ...] [--table FILE]
+    python tests/reliability/checkpoints.py [--programs] [--only WORD ...] [--table FILE]
 
-Each of the files below goes to each of the paths in a process of its own. A run is wrong when it accepts a
-file that it must refuse, refuses one that it must accept, ends in a traceback or runs the code in a file,
-which would leave a mark. Prints a line for each wrong run and the counts; the exit status is 1 if any is.
+Each of the files in checkpoint_files.py goes to each of the paths in a process of its own: to the part of
+a program that reads it, or with --programs to whole programs. A run is wrong when it accepts a file that it
+must refuse, refuses one that it must accept, ends in a traceback or runs the code in a file, which would
+leave a mark. Prints a line for each wrong run and the counts; the exit status is 1 if any is.
 """
 
 import argparse
+import importlib.util
 import os
-import pickle
-import re
 import runpy
 import shutil
 import sys
 import tempfile
 import traceback
-import zipfile
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from subprocess import CompletedProcess
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import mmvig.compat  # noqa: F401, I001  before mmdet
+import mmdet.apis  # noqa: F401  once for all runs
 import yapf.yapflib.yapf_api
-from mmengine.config import Config
 from programs import SETTINGS, TOOLS
-from torch import nn
+from reliability.checkpoint_files import write_files
 
-from mmvig import checkpoints
-from mmvig.backbones import ViG, ViGH
 from mmvig.datasets.shapes import ensure_shapes
+from mmvig.engine import cli, work_dir
+from mmvig.engine.errors import said_in_one_line
 
+READY = Namespace()  # what :func:`prepare` builds
 ROOT = Path(__file__).resolve().parents[2]
-ARCH = dict(embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
 CONFIG = """
 _base_ = [{base!r}]
 data_root = {data!r}
@@ -55,34 +55,12 @@ test_evaluator = val_evaluator
 """
 
 
-class Code:
-    """What runs a program when it is unpickled."""
-
-    def __init__(self, mark: Path, how: str = 'system'):
-        self.mark, self.how = mark, how
-
-    def __reduce__(self) -> tuple:
-        """As ``pickle`` asks for it."""
-        if self.how == 'eval':
-            return eval, (f'open({str(self.mark)!r}, "w")',)
-        return os.system, (f'touch {self.mark}',)
-
-
-class Reach:
-    """What asks for a method that is not its business."""
-
-    def __reduce__(self) -> tuple:
-        """As ``pickle`` asks for it."""
-        return getattr, (nn.Module, '__init__')
-
-
 # The paths: what is run with a file, in an empty folder. `{}` in an argument is the file.
 TRAIN = ('train.py', 'small.py', '--work-dir', 'run')
 
 
-def run_tool(script: str, *arguments: str, cwd: Path) -> CompletedProcess:
-    """Run a program in tools/ in a fork of this process, which has imported what takes long."""
-    words = [str(TOOLS / script), *map(str, arguments)]
+def forked(work: Callable[[], object], cwd: Path) -> CompletedProcess:
+    """Do something in a fork of this process, which has imported and built what takes long."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ('stdout', 'stderr')]
         child = os.fork()
@@ -91,10 +69,7 @@ def run_tool(script: str, *arguments: str, cwd: Path) -> CompletedProcess:
                 for number, path in enumerate(outputs, start=1):
                     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
                 os.chdir(cwd)
-                os.environ.update(SETTINGS)
-                sys.argv = words
-                sys.path.insert(0, str(Path(words[0]).parent))
-                runpy.run_path(words[0], run_name='__main__')
+                work()
                 status = 0
             except SystemExit as end:
                 status = end.code or 0
@@ -102,21 +77,34 @@ def run_tool(script: str, *arguments: str, cwd: Path) -> CompletedProcess:
                 traceback.print_exc()
                 status = 1
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return CompletedProcess(words, status, *(path.read_text(errors='replace') for path in outputs))
+        return CompletedProcess([], status, *(path.read_text(errors='replace') for path in outputs))
 
 
-def preload() -> None:
-    """Import what the tools do, and leave configs unformatted in logs: that would be 70 % of a run."""
-    import mmvig.compat  # noqa: F401, I001  before mmdet
-    import matplotlib.pyplot  # noqa: F401
-    import mmdet.apis  # noqa: F401
-    from mmengine.registry import init_default_scope
+def run_tool(script: str, *arguments: str, cwd: Path) -> CompletedProcess:
+    """Run a program in tools/."""
 
-    init_default_scope('mmdet')
-    yapf.yapflib.yapf_api.FormatCode = lambda text, **_: (text, False)
-    Config.fromfile(ROOT / 'configs/detection/maskrcnn_vigh_t_shapes_cpu.py')
+    def program() -> None:
+        sys.argv = [str(TOOLS / script), *map(str, arguments)]
+        sys.path.insert(0, str(Path(sys.argv[0]).parent))
+        runpy.run_path(sys.argv[0], run_name='__main__')
+
+    return forked(program, cwd)
+
+
+def within(work: Callable[[Path, Path], object]) -> Callable[[Path, Path], CompletedProcess]:
+    """A path that is a part of a program: from reading the file until its weights are in the model."""
+
+    def run(file: Path, folder: Path) -> CompletedProcess:
+        def part() -> None:
+            with said_in_one_line(READY.cfg):
+                work(file, folder)
+
+        return forked(part, folder)
+
+    return run
 
 
 def through(*words: str) -> Callable[[Path, Path], CompletedProcess]:
@@ -128,17 +116,23 @@ def through(*words: str) -> Callable[[Path, Path], CompletedProcess]:
     return run
 
 
-def resume_auto(file: Path, folder: Path) -> CompletedProcess:
-    """Resume from a work dir whose one checkpoint the file is."""
+def put_into_work_dir(file: Path, folder: Path) -> None:
+    """Make the file the one checkpoint of the work dir `run`."""
     (folder / 'run').mkdir()
     copy = shutil.copytree if file.is_dir() else shutil.copyfile
-    copy(file, folder / 'run/iter_1.pth')
+    if file.exists():
+        copy(file, folder / 'run/iter_1.pth')
     (folder / 'run/last_checkpoint').write_text(str(folder / 'run/iter_1.pth'))
+
+
+def resume_auto(file: Path, folder: Path) -> CompletedProcess:
+    """Resume from such a work dir."""
+    put_into_work_dir(file, folder)
     return run_tool(*TRAIN, '--resume', cwd=folder)
 
 
 INIT = "=dict(type='Pretrained', checkpoint='{}'"
-PATHS = {
+PROGRAMS = {
     'init_cfg of the backbone': through(*TRAIN, '--cfg-options', f'model.backbone.init_cfg{INIT})'),
     'init_cfg of the neck': through(*TRAIN, '--cfg-options', f"model.neck.init_cfg{INIT}, prefix='neck')"),
     'init_cfg of the model': through(*TRAIN, '--cfg-options', f'model.init_cfg{INIT})'),
@@ -158,147 +152,53 @@ PATHS = {
     'publish': through('publish_model.py', '{}', 'published.pth'),
     'convert': through('model_converters/official_to_mmvig.py', '{}', 'converted.pth'),
 }
-TRAINING = {'resume FILE', 'resume auto'}
-BACKBONE = {'init_cfg of the backbone', 'export', 'gate maps', 'receptive field'}
-WHOLE = {'init_cfg of the model', 'load_from', 'test', 'demo'}
-NECK = {'init_cfg of the neck'}
-ALL = {*PATHS} - {'convert'}  # it takes official names alone
 
 
-def official(arch: dict = ARCH) -> dict:
-    """The state dict of an official ViG-H classifier of an arch, with values of its own."""
-    ours = ViGH(arch, out_indices=(3,)).state_dict()
-    theirs = {
-        ours: official
-        for official, ours in checkpoints.OFFICIAL_TO_OURS.items()
-        if '.proj.' not in official
-    }
-    number = re.compile(r'(?<=stages\.)\d+|(?<=blocks\.)\d+')
-    state_dict = {}
-    for name, value in ours.items():
-        module, _, leaf = name.rpartition('.')
-        parts = iter(number.findall(module))
-        pattern = theirs.get(number.sub('#', module), 'classifier.norm')
-        state_dict[re.sub('#', lambda _, parts=parts: next(parts), pattern) + f'.{leaf}'] = value
-    width = len(state_dict['classifier.norm.weight'])
-    return {
-        **state_dict,
-        'classifier.head.weight': torch.zeros(5, width),
-        'classifier.head.bias': torch.zeros(5),
-    }
+def initialised(part: str) -> Callable[[Path, Path], None]:
+    """The path of a part's init_cfg, 'model' for the whole."""
+
+    def work(file: Path, _: Path) -> None:
+        model = READY.runner.model
+        prefix = dict(prefix='neck') if part == 'neck' else {}
+        module = model if part == 'model' else getattr(model, part)
+        module.init_cfg = dict(type='Pretrained', checkpoint=str(file), **prefix)
+        READY.runner._init_model_weights()
+
+    return work
 
 
-def write_files(folder: Path, good: Path, mark: Path) -> dict[str, tuple[Path, set[str]]]:
-    """Write every kind of file: its name, the file, and the paths that must accept it (others refuse)."""
-    files = {}
-    content = torch.load(good, weights_only=False)
-    weights = content['state_dict']
-    data = good.read_bytes()
+def begin(file: Path, _: Path, resume: bool = False) -> None:
+    """What `Runner.train` does before its first step, with load_from or resume."""
+    if resume:
+        work_dir.check_whole(str(file))
+    READY.runner._load_from, READY.runner._resume = str(file), resume
+    READY.runner.load_or_resume()
 
-    def add(name: str, what: object, accepted: set[str] = frozenset(), legacy: bool = False) -> None:
-        path = folder / f'{re.sub("[^a-z0-9]+", "_", name.lower())}.pth'
-        if isinstance(what, bytes):
-            path.write_bytes(what)
-        else:
-            torch.save(what, path, _use_new_zipfile_serialization=not legacy)
-        files[name] = path, accepted
 
-    def with_weights(**changes: object) -> dict:
-        return {**content, 'state_dict': {**weights, **changes}}
+def begin_automatically(file: Path, folder: Path) -> None:
+    """The same from a work dir whose one checkpoint the file is."""
+    put_into_work_dir(file, folder)
+    READY.cfg.work_dir = str(folder / 'run')
+    READY.train.use_resume(READY.cfg, 'auto')
+    begin(READY.cfg.load_from, folder, resume=READY.cfg.resume)
 
-    first = 'backbone.stem.down1.conv.weight'
-    names = iter(weights)
-    add('good', content, ALL)
-    add('good, legacy format', content, ALL - TRAINING, legacy=True)
-    add(
-        'good, in DDP',
-        {**content, 'state_dict': {f'module.{k}': v for k, v in weights.items()}},
-        ALL - TRAINING,
-    )
-    add('code in state_dict', {**content, 'state_dict': Code(mark)})
-    add('code in state_dict, legacy', {**content, 'state_dict': Code(mark)}, legacy=True)
-    add('code alone, pickle', pickle.dumps(Code(mark), protocol=2))
-    add('code alone, pickle 4', pickle.dumps(Code(mark), protocol=4))
-    add('code in meta', {**content, 'meta': {**content['meta'], 'x': Code(mark)}})
-    add('code in message_hub', {**content, 'message_hub': Code(mark)})
-    add('code in optimizer', {**content, 'optimizer': Code(mark)})
-    add('eval in a key', {**content, 'extra': Code(mark, 'eval')})
-    add('methods of others', {**content, 'extra': Reach()})
-    program = f'import os\nos.system("touch {mark}")\nmodel = dict()\n'
-    add('code in meta.config', {**content, 'meta': {**content['meta'], 'config': program}}, ALL)
-    add('code in meta.cfg', {**content, 'meta': {**content['meta'], 'cfg': program}}, ALL)
-    add('module, not weights', nn.Linear(1, 1))
-    for part in (0, 1, 30, 0.1, 0.5, 0.9, -30, -1):
-        end = int(len(data) * part) if isinstance(part, float) else part if part >= 0 else len(data) + part
-        add(f'cut after {end} of {len(data)}', data[:end])
-    legacy = (folder / 'good_legacy_format.pth').read_bytes()
-    add('cut, legacy', legacy[: len(legacy) // 2])
-    add('HTML', b'<!DOCTYPE html><html><body>404 Not Found</body></html>')
-    add('text', b'hello\n' * 100)
-    with zipfile.ZipFile(folder / 'zip.pth', 'w') as file:
-        file.writestr('weights/a.txt', 'hello')
-    files['zip of other things'] = folder / 'zip.pth', set()
-    (folder / 'folder.pth').mkdir()
-    files['folder'] = folder / 'folder.pth', set()
-    files['missing'] = folder / 'missing.pth', set()
-    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), folder / 'jit.pth')
-    files['TorchScript'] = folder / 'jit.pth', set()
-    add('list', [1, 2])
-    add('tensor', torch.ones(2))
-    add('empty dict', {})
-    add('empty state_dict', {**content, 'state_dict': {}})
-    add('int keys', {**content, 'state_dict': {**weights, 7: torch.ones(1)}})
-    add('int keys alone', {0: torch.ones(1)})
-    add('float values', with_weights(**{first: 1.0}))
-    add('arrays for tensors', with_weights(**{first: weights[first].numpy()}))
-    add('NaN', with_weights(**{first: weights[first] * float('nan')}))
-    add('one inf', with_weights(**{'backbone.norm3.bias': weights['backbone.norm3.bias'] + float('inf')}))
-    add('NaN in bfloat16', with_weights(**{first: (weights[first] * float('nan')).bfloat16()}))
-    wider = {**ARCH, 'embed_dims': 48, 'num_heads': [1, 2, 4, 8]}
-    deeper = {**ARCH, 'depths': [1, 1, 2, 1]}
-    for what, arch in (('wider', wider), ('deeper', deeper)):
-        other = {f'backbone.{k}': v for k, v in ViGH(arch).state_dict().items()}
-        rest = {k: v for k, v in weights.items() if not k.startswith('backbone.')}
-        add(f'another arch, {what}', {**content, 'state_dict': {**other, **rest}}, NECK | {'publish'})
-    bare = {k.removeprefix('backbone.'): v for k, v in weights.items() if k.startswith('backbone.')}
-    start = {'load_from', 'init_cfg of the model', *BACKBONE}
-    add('bare backbone', bare, start)
-    add('official classifier', {'model': official()}, {*start, 'convert'})
-    add('official classifier, wider', {'model': official(wider)}, {'convert'})
-    add('official classifier, a float', {'model': {**official(), 'patch_embed.0.bias': 1.0}})
-    wrong = {**official(), 'layers.1.blocks.0.op.g_proj.weight': torch.zeros(3, 3)}
-    add('official classifier, a wrong shape', {'model': wrong})
-    add(
-        'official classifier, NaN',
-        {'model': {**official(), 'classifier.norm.bias': torch.full((256,), torch.nan)}},
-    )
-    ours = {'meta': {}, 'state_dict': {f'backbone.{k}': v for k, v in bare.items()}}
-    ours['state_dict'] |= {'head.fc.weight': torch.zeros(5, 256), 'head.fc.bias': torch.zeros(5)}
-    add("mmpretrain's classifier", ours, {*start, 'publish'})
-    plain = {
-        f'backbone.{k}': v for k, v in ViG(dict(embed_dims=32, depth=2, num_heads=2)).state_dict().items()
-    }
-    add('another family', {'meta': {}, 'state_dict': plain}, {'publish'})
-    both = {'backbone.patch_embed.0.weight': weights[first] + 1}
-    add('both names of a parameter', with_weights(**both), NECK)
-    add('a wrong shape in the backbone', with_weights(**{first: weights[first].transpose(0, 1)}), NECK)
-    neck = next(name for name in names if name.startswith('neck.'))
-    add('a wrong shape in the neck', with_weights(**{neck: weights[neck][:, :1]}), BACKBONE | {'publish'})
-    classes = {k: torch.zeros(81, *v.shape[1:]) for k, v in weights.items() if '.fc_cls.' in k}
-    add('other classes', with_weights(**classes), {*start, *NECK, 'publish'})
-    renamed = {k.replace('roi_head.', 'bbox_head.'): v for k, v in weights.items()}
-    add('a foreign detector', {'meta': {}, 'state_dict': renamed}, BACKBONE | NECK | {'publish'})
-    resnet = {f'layer{i}.0.conv1.weight': torch.zeros(2, 2, 1, 1) for i in range(1, 5)}
-    add('a ResNet', resnet)
-    add(
-        'a ResNet in a detector',
-        {'meta': {}, 'state_dict': {f'backbone.{k}': v for k, v in resnet.items()}},
-        {'publish'},
-    )
-    half = {k: v for k, v in weights.items() if not k.startswith('rpn_head.')}
-    add('a part is missing', {**content, 'state_dict': half}, BACKBONE | NECK | {'publish'})
-    add('published', {key: content[key] for key in ('meta', 'state_dict')}, ALL - TRAINING)
-    return files
+
+# The same as parts of the programs, of which a run takes a twentieth of the time.
+PARTS = {
+    **{f'init_cfg of the {part}': within(initialised(part)) for part in ('backbone', 'neck', 'model')},
+    'load_from': within(begin),
+    'resume FILE': within(partial(begin, resume=True)),
+    'resume auto': within(begin_automatically),
+    'test': within(lambda file, _: cli.load_strictly(READY.runner.model, str(file))),
+    'demo': within(
+        lambda file, _: READY.demo.build_model(READY.cfg, Namespace(checkpoint=str(file), device='cpu'))
+    ),
+    'export': within(lambda file, _: READY.export.build(READY.cfg, str(file), backbone=True)),
+    'gate maps': within(lambda file, _: READY.inputs.load_backbone(READY.cfg, str(file))),
+    'receptive field': within(lambda file, _: READY.inputs.load_backbone(READY.cfg, str(file))),
+    'publish': PROGRAMS['publish'],
+    'convert': PROGRAMS['convert'],
+}
 
 
 def judge(result: CompletedProcess, accepted: bool, mark: Path) -> str | None:
@@ -317,16 +217,30 @@ def judge(result: CompletedProcess, accepted: bool, mark: Path) -> str | None:
 
 
 def prepare(folder: Path) -> tuple[Path, Path]:
-    """Make the data, the config and a good training checkpoint: the folder that runs start in, the file."""
+    """Make the data, the config, a good training checkpoint and what PARTS need.
+
+    Returns:
+        The folder that runs start in, and the checkpoint.
+    """
     start = folder / 'start'
     start.mkdir()
     ensure_shapes(folder / 'shapes', num_train=2, num_val=1)
     base = ROOT / 'configs/detection/maskrcnn_vigh_t_shapes_cpu.py'
     (start / 'small.py').write_text(CONFIG.format(base=str(base), data=str(folder / 'shapes')))
-    image = next((folder / 'shapes').rglob('*.jpg'), None) or next((folder / 'shapes').rglob('*.png'))
+    image = next(path for path in (folder / 'shapes').rglob('*') if path.suffix in ('.jpg', '.png'))
     shutil.copyfile(image, start / 'image.jpg')
     result = run_tool(*TRAIN[:2], '--work-dir', str(folder / 'good'), cwd=start)
     assert result.returncode == 0, result.stderr[-3000:]
+    sys.path.append(str(TOOLS / 'analysis'))
+    for name in ('train', 'demo', 'export_onnx', 'analysis/inputs'):
+        spec = importlib.util.spec_from_file_location(Path(name).stem, TOOLS / f'{name}.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        setattr(READY, Path(name).stem.removesuffix('_onnx'), module)
+    sys.argv = ['train.py', str(start / 'small.py'), '--work-dir', str(folder / 'work')]
+    READY.cfg = cli.load_config(READY.train.parse_args())
+    READY.runner = cli.build_runner(READY.cfg)
+    READY.runner._train_loop = READY.runner.build_train_loop(READY.runner._train_loop)
     return start, folder / 'good/iter_1.pth'
 
 
@@ -336,9 +250,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--only', nargs='+', default=[], help='files or paths with one of these words')
+    parser.add_argument(
+        '--programs', action='store_true', help='run whole programs, not the part that reads'
+    )
     parser.add_argument('--table', type=Path, help='file for a line a run: file, path, status, message')
     args = parser.parse_args()
-    preload()
+    os.environ.update(SETTINGS)
+    # Configs are left as they are in logs: yapf's formatting would be 70 % of a run.
+    yapf.yapflib.yapf_api.FormatCode = lambda text, **_: (text, False)
+    paths = PROGRAMS if args.programs else PARTS
     counts, lines = Counter(), []
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
@@ -346,7 +266,7 @@ def main() -> None:
         start, good = prepare(root)
         (root / 'files').mkdir()
         for name, (file, accepting) in write_files(root / 'files', good, mark).items():
-            for path, run in PATHS.items():
+            for path, run in paths.items():
                 if args.only and not any(word in f'{name} {path}' for word in args.only):
                     continue
                 folder = root / 'run'
