@@ -8,6 +8,7 @@ from pathlib import Path
 from mmvig.compat import __main__ as compat
 
 import pytest
+import torch
 
 # Says what a script can see of how it was started.
 SCRIPT = """
@@ -118,3 +119,23 @@ def test_usage(words, status, main, capsys):
         main(*words)
     assert (error.value.code or 0) == status
     assert 'python -m mmvig.compat mmdet/test CONFIG CHECKPOINT' in capsys.readouterr().out
+
+
+def test_a_packages_script_reads_mmengines_checkpoints_and_can_import_its_sisters(main, tmp_path):
+    from mmengine.logging import HistoryBuffer
+
+    history = HistoryBuffer()
+    history.update(0.5)
+    content = {'state_dict': {'weight': torch.ones(2)}, 'optimizer': {}, 'message_hub': {'loss': history}}
+    torch.save(content, tmp_path / 'it.pth')
+    before = torch.serialization.get_safe_globals()
+    try:
+        main('mmseg/publish_model', 'it.pth', 'published.pth')
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+    (published,) = tmp_path.glob('published*.pth')
+    state_dict = torch.load(published, weights_only=False)['state_dict']
+    assert state_dict['weight'].tolist() == [1, 1]
+    # mmdet's test_robustness.py imports `tools.analysis_tools`
+    assert Path(sys.path[1], 'tools/misc/publish_model.py').is_file()

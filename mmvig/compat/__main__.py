@@ -5,7 +5,6 @@ put the stand-ins there. Can go with them. `python -m mmvig.compat --help` says 
 """
 
 import importlib.util
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -56,6 +55,15 @@ def _scripts(package: str) -> dict[str, Path]:
     return {path.relative_to(tools).as_posix(): path for path in sorted(tools.rglob('*.py'))}
 
 
+def _let_torch_load_mmengine_checkpoints() -> None:
+    """Let ``torch.load`` read them: each package's publish_model.py calls it, and PyTorch 2.6 refuses."""
+    import torch
+
+    from mmvig.reading import safe_globals
+
+    torch.serialization.add_safe_globals(safe_globals())
+
+
 def main() -> None:
     """Run the script that the command line names."""
     words = sys.argv[1:]
@@ -68,9 +76,11 @@ def main() -> None:
     script = find_script(words[0])
     sys.argv[:] = [str(script), *options, *words[1:]]
     if not getattr(sys.flags, 'safe_path', False):
-        sys.path[0] = os.path.dirname(
-            script.resolve()
-        )  # instead of the current folder, which `-m` puts there
+        sys.path[0] = str(script.resolve().parent)  # in the place of the current folder
+    if script != Path(words[0]):  # a package's: some import `tools`, as the package's dist_*.sh let them
+        sys.path.insert(1, str(next(folder for folder in script.parents if folder.name == '.mim')))
+    if importlib.util.find_spec('mmengine') is not None:
+        _let_torch_load_mmengine_checkpoints()
     runpy.run_path(str(script), run_name='__main__')
 
 
