@@ -14,6 +14,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
+from PIL import Image
 from torch import nn
 
 from mmvig.backbones import ViG, ViGH
@@ -393,6 +394,57 @@ def test_gate_maps_of_plain_vig_and_of_gates_that_never_forget(gates, files, mon
     assert np.isposinf(maps['0.0'].memory).all()
     figure = gates.draw(np.zeros((32, 32, 3), np.uint8), maps)
     figure.canvas.draw()
+
+
+CHANNELS = """
+_base_ = ['detector.py']
+model = dict(
+    data_preprocessor=dict(_delete_=True, type='DetDataPreprocessor', mean=[100.0], std=[50.0]),
+    backbone=dict(in_channels={channels}),
+)
+steps = [dict(type={loader}), dict(type='PackDetInputs')]
+test_dataloader = dict(dataset=dict(pipeline=steps))
+"""
+
+
+@pytest.mark.parametrize('channels', [1, 5])
+def test_images_of_other_channels_and_numbers(erf, gates, files, monkeypatch, capsys, channels):
+    """As the pipeline loads them, and normalised as the config says; noise has as many channels."""
+    loader = (
+        "'LoadImageFromFile', color_type='unchanged'" if channels < 5 else "'mmseg.LoadImageFromNpyFile'"
+    )
+    Path('other.py').write_text(CHANNELS.format(channels=channels, loader=loader))
+    pixels = np.random.default_rng(1).integers(0, 60000, (40, 72, channels)).astype(np.uint16)
+    name = 'it.npy' if channels == 5 else 'it.png'
+    np.save(name, pixels) if channels == 5 else cv2.imwrite(name, pixels)
+    seen = []
+    maps = gates.gate_maps
+    monkeypatch.setattr(
+        gates, 'gate_maps', lambda _, image, *rest: seen.append(image) or maps(_, image, *rest)
+    )
+    run(gates, monkeypatch, capsys, 'other.py', 'none', name, '--out', 'gates.png')
+    expected = (torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] - 100) / 50
+    torch.testing.assert_close(seen[0], expected)
+    for more in (['--images', name], ['--noise', 1]):
+        run(erf, monkeypatch, capsys, 'other.py', '--shape', 32, 32, '--out', 'field.png', *more)
+    line = error_of(gates, monkeypatch, capsys, 'other.py', 'none', 'a.png', '--out', 'it.png')
+    assert f'a.png has 3 channels as the test pipeline loads it, and ViGH takes {channels}' in line
+
+
+def test_images_are_turned_as_the_pipeline_turns_them(erf, files):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save('it.jpg', exif=exif)
+
+    def size(**settings):
+        steps = [dict(type='mmcv.LoadImageFromFile', **settings)]
+        reader = erf.ImageReader(Config(dict(test_pipeline=steps)))
+        return erf.inputs.read_image(reader, 'it.jpg', None).shape
+
+    assert size() == size(imdecode_backend='pillow') == (30, 20, 3)
+    assert size(color_type='color_ignore_orientation') == (20, 30, 3)
+    assert size(color_type='grayscale') == (30, 20, 1)
 
 
 # Errors

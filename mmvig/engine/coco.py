@@ -11,8 +11,8 @@ from pathlib import Path
 
 from mmvig.engine.preflight import SetupError, is_remote
 
-# Annotation files up to this size are read as a whole, in 2 s at most; of larger ones, parts.
-_READ_WHOLE = 2**26
+# Annotation files up to this size are read as a whole, in a few seconds; of larger ones, parts.
+_READ_WHOLE = 2**25
 _SAMPLE = 20
 _NEEDED = {
     'images': ('id', 'file_name', 'height', 'width'),
