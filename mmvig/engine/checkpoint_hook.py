@@ -58,6 +58,7 @@ class CheckpointHook(_CheckpointHook):
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids = deque(self.keep_ckpt_ids)  # one more than mmengine's limit, for a while
         self._move_best_files(runner)
+        self._point_to_resumed(runner)
         if _validation_is_due(runner):
             step = runner.epoch if self.by_epoch else runner.iter
             self.last_ckpt = self._here(self.filename_tmpl.format(step))  # what a better score saves again
@@ -96,9 +97,15 @@ class CheckpointHook(_CheckpointHook):
         runner.message_hub.update_info(_VALIDATED, runner.iter)
         super().after_val_epoch(runner, metrics)
 
-    def _here(self, path: str) -> str:
+    def _here(self, path: str | Path) -> str:
         """The path of a file of this name in the folder of the checkpoints."""
         return self.file_backend.join_path(self.out_dir, Path(path).name)
+
+    def _point_to_resumed(self, runner: Runner) -> None:
+        """Let ``last_checkpoint`` name what the run resumes from; a kill or a move may leave another."""
+        resumed = Path(runner._load_from).absolute() if runner._resume and runner._load_from else None
+        if resumed is not None and is_main_process() and resumed == Path(self._here(resumed)).absolute():
+            write_whole(Path(runner.work_dir, _POINTER), str(resumed).encode())
 
     def _move_best_files(self, runner: Runner) -> None:
         """Take the best files of the run before to be here: its folder may have been moved or copied."""
