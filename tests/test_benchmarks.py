@@ -287,7 +287,13 @@ def test_compiled_modes(module, monkeypatch, tmp_path):
         ('backbone', ['--device', 'cpu', '--shapes', '64 b1'], "expected 'HxW bN'"),
         ('backbone', ['--device', 'cpu', '--sweep', '--shapes', '64x64 b1'], 'leave out --shapes'),
         ('backbone', ['--device', 'cpu', '--seconds', '0'], 'above 0'),
+        ('backbone', ['--device', 'cpu', '--seconds', 'inf'], 'above 0'),
+        ('backbone', ['--device', 'cpu', '--out', 'empty.py/x'], 'empty.py is a file'),
         ('backbone', ['--device', 'cpu', '--graph'], '--graph needs a CUDA device'),
+        ('bigla', [], 'no CUDA device'),
+        ('bigla', ['--device', 'cpu', '--graph'], '--graph needs a CUDA device'),
+        ('bigla', ['--device', 'cpu', '--shapes', '1,x,1,4,4,4'], "got '1,x,1,4,4,4'"),
+        ('fused', ['--device', 'cpu', '--shapes', '0,2,2,32'], "got '0,2,2,32'"),
         ('detector', [], 'no CUDA device'),
         ('detector', ['--device', 'cpu', 'nowhere.py'], 'config is missing'),
         ('detector', ['--device', 'cpu', 'empty.py'], 'no config of a detector'),
@@ -301,8 +307,10 @@ def test_bad_options(module, monkeypatch, capsys, tmp_path, name, options, messa
     (tmp_path / 'empty.py').write_text('a = 1\n')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(sys, 'argv', [f'{name}.py', *options])
+    main = module(name).main
+    capsys.readouterr()  # what torch says of this machine's CUDA at its first import
     with pytest.raises(SystemExit) as exit_:
-        module(name).main()
+        main()
     (line,) = capsys.readouterr().err.splitlines()
     assert exit_.value.code == 2 and message in line
 

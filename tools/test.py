@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from mmengine.config import Config, ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
-from mmvig.engine import cli, preflight
+from mmvig.engine import cli, errors, preflight
 
 logger = logging.getLogger('mmvig.test')
 
@@ -33,6 +35,22 @@ def parse_args() -> argparse.Namespace:
     )
     cli.add_shared_arguments(parser)
     return parser.parse_args()
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check what needs no config: a test may take hours before it writes or shows anything.
+
+    Raises:
+        SetupError: There is nothing to show on, a time is none, or a folder cannot be written to.
+    """
+    if args.show and sys.platform == 'linux' and not {'DISPLAY', 'WAYLAND_DISPLAY'} & os.environ.keys():
+        raise preflight.SetupError(
+            '--show needs a display, and DISPLAY is not set; --show-dir saves pictures'
+        )
+    if not 0 <= args.wait_time < math.inf:
+        raise preflight.SetupError(f'--wait-time must be seconds from 0 on, got {args.wait_time}')
+    if args.show_dir:
+        preflight.check_writable('--show-dir', args.show_dir, folder=True)
 
 
 def evaluators(cfg: Config) -> list[ConfigDict]:
@@ -81,11 +99,13 @@ def use_tta(cfg: Config) -> None:
 def use_out(cfg: Config, out: str) -> None:
     """Have the predictions saved beside the evaluation, as the task's library saves them."""
     if cfg.default_scope == 'mmseg':
+        preflight.check_writable('--out', out, folder=True)
         for metric in evaluators(cfg):
             metric.output_dir = out
     elif not out.endswith(('.pkl', '.pickle')):
         raise preflight.SetupError(f'--out {out}: predictions are saved as a .pkl file')
     else:
+        preflight.check_writable('--out', out)
         kind = 'DumpDetResults' if cfg.default_scope == 'mmdet' else 'DumpResults'
         cfg.test_evaluator = [*evaluators(cfg), dict(type=kind, out_file_path=out)]
 
@@ -94,8 +114,11 @@ def main() -> None:
     """Read the config, check its files and test."""
     with preflight.one_line_errors():
         args = parse_args()
+        check_arguments(args)
         cfg = cli.load_config(args)
+        preflight.check_writable('--work-dir', cfg.work_dir, folder=True)
         cfg.load_from = args.checkpoint
+    with errors.said_in_one_line(cfg):
         preflight.check_testing(cfg)
         if args.show or args.show_dir:
             use_visualization(cfg, args)
@@ -108,7 +131,7 @@ def main() -> None:
         model = cli.load_strictly(runner.model, args.checkpoint)
         if args.tta and hasattr(model, 'roi_head'):
             model.roi_head.mask_head = None  # after loading: the checkpoint has one
-    runner.test()
+        runner.test()
     for what, where in (('Predictions', args.out), ('Pictures', args.show_dir)):
         if where:
             logger.info('%s: %s', what, where)

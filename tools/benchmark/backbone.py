@@ -40,7 +40,7 @@ from models import MODELS, SIDE_MULTIPLE, Absent, Entry, build, choose
 from steps import Wrong, capture, check_ours, check_step, kernels, make_step
 
 from mmvig.backbones.graphs import CALLS_IN_A_ROW, Graphs
-from mmvig.engine.preflight import SetupError, one_line_errors
+from mmvig.engine.preflight import SetupError, check_writable, one_line_errors
 from mmvig.ops.bigla import BACKENDS
 
 # HxW and batch: of pretraining, of a detector's two images a GPU, of dense prediction, and a single image.
@@ -365,8 +365,9 @@ def choose_jobs(args: argparse.Namespace) -> list[tuple[Entry, Shape, str, list[
     Raises:
         SetupError: An option is out of its range, or does not fit another.
     """
-    if not args.seconds > 0:
-        raise SetupError(f'--seconds must be above 0, got {args.seconds}')
+    if not 0 < args.seconds < math.inf:
+        raise SetupError(f'--seconds must be a number above 0, got {args.seconds}')
+    check_writable('--out', args.out, folder=True)
     if args.sweep and args.shapes:
         raise SetupError('--sweep has shapes of its own: leave out --shapes')
     if args.device == 'cuda' and not torch.cuda.is_available():

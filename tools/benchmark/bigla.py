@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from common import DTYPES, copy_bandwidth, kernel_time, machine_name, parse_shape, release
 from torch import Tensor
 
+from mmvig.engine.preflight import SetupError, check_writable, one_line_errors
 from mmvig.ops import bigla
 from mmvig.ops.bigla import BACKENDS
 
@@ -240,20 +241,29 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def choose_shapes(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """What to time, by name.
+
+    Raises:
+        SetupError: An option is out of its range, there is no GPU, or the folder cannot be written to.
+    """
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise SetupError(
+            'no CUDA device: run this on a machine with one, or give --device cpu and small --shapes'
+        )
+    if args.graph and args.device != 'cuda':
+        raise SetupError('--graph needs a CUDA device')
+    check_writable('--out', args.out, folder=True)
+    if args.growth:
+        return GROWTH
+    return {name: parse_shape(name, SHAPES, 'B,H,N,K,V') for name in args.shapes or SHAPES}
+
+
 def main() -> None:
     """Check, time, print, write."""
     args = parse_args()
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        print(
-            'no CUDA device: run this on a machine with one, or give --device cpu and small --shapes',
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    if args.graph and args.device != 'cuda':
-        sys.exit('--graph needs a CUDA device')
-    shapes = GROWTH
-    if not args.growth:
-        shapes = {name: parse_shape(name, SHAPES, 'B,H,N,K,V') for name in args.shapes or SHAPES}
+    with one_line_errors():
+        shapes = choose_shapes(args)
     bandwidth = copy_bandwidth(args.device)
     machine = machine_name(args.device)
     print(f'{machine}, torch {torch.__version__}, {args.dtype}, copy bandwidth {bandwidth / 1e12:.2f} TB/s')

@@ -7,7 +7,6 @@ import itertools
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.benchmark import Timer
+
+from mmvig.engine.preflight import SetupError
 
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
 MEGABYTE = 1e6
@@ -185,12 +186,17 @@ def save(report: dict, path: Path) -> None:
 
 
 def parse_shape(text: str, named: dict[str, tuple[int, ...]], sizes: str) -> tuple[int, ...]:
-    """A named shape, or as many numbers as ``sizes``, such as 'B,H,W,C', names; else the program ends."""
+    """A named shape, or as many numbers as ``sizes``, such as 'B,H,W,C', names.
+
+    Raises:
+        SetupError: It is neither.
+    """
     if text in named:
         return named[text]
-    shape = tuple(int(x) for x in text.split(',') if x.strip().isdigit())
-    if len(shape) != len(sizes.split(',')):
-        sys.exit(f'shape must be {sizes} or one of {list(named)}, got {text!r}')
+    words = [word.strip() for word in text.split(',')]
+    shape = tuple(int(word) if word.isascii() and word.isdigit() else 0 for word in words)
+    if len(shape) != len(sizes.split(',')) or min(shape) < 1:
+        raise SetupError(f'--shapes: a shape must be {sizes} or one of {list(named)}, got {text!r}')
     return shape
 
 

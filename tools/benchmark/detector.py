@@ -33,7 +33,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, i
 from common import Clock, autocast, machine, megabytes, milliseconds, release, save, spread, version
 
 from mmvig.engine import cli
-from mmvig.engine.preflight import SetupError, one_line_errors
+from mmvig.engine.preflight import SetupError, check_writable, one_line_errors
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 DEFAULT_CONFIGS = [str(CONFIGS / f'detection/maskrcnn_vigh_{size}.py') for size in 'ts']
@@ -316,7 +316,7 @@ def time_model(cfg: Config, name: str, shape: tuple[int, int], args: argparse.Na
     torch.manual_seed(0)
     np.random.seed(0)  # mmdet samples boxes with it
     batch = args.batch or cfg.get('train_dataloader', {}).get('batch_size', 2)
-    model = MODELS.build(cfg.model)
+    model = cli.build_model(cfg)
     model.init_weights()
     model = revert_sync_batchnorm(model).to(args.device)
     make = model.data_preprocessor.cast_data  # on the device before the time starts
@@ -399,6 +399,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise SetupError('--precision fp16 needs a CUDA device: on a CPU take bf16 or fp32')
     if args.repeats < 2 or args.warm_up < 1 or (args.batch is not None and args.batch < 1):
         raise SetupError('--repeats must be at least 2, --warm-up and --batch at least 1')
+    check_writable('--out', args.out, folder=True)
     args.precision = args.precision or ('fp16' if args.device == 'cuda' else 'fp32')
 
 

@@ -18,9 +18,11 @@ import torch
 from common import DTYPES, copy_bandwidth, kernel_time, machine, parse_shape, relative_error, save
 from torch import Tensor
 
+from mmvig.engine.preflight import SetupError, check_writable, one_line_errors
 from mmvig.ops.conv_norm import conv_norm
 from mmvig.ops.dwconv import dwconv3x3
 from mmvig.ops.gated_mix import gated_mix
+from mmvig.ops.launch import INTERPRETED
 from mmvig.ops.norm import add_norm, norm
 from mmvig.ops.swiglu import swiglu
 
@@ -194,6 +196,23 @@ def show(row: dict) -> None:
     print(flush=True)
 
 
+def choose_shapes(args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """What to time, by name.
+
+    Raises:
+        SetupError: A shape is none, there is no device to run on, or the folder cannot be written to.
+    """
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise SetupError('no CUDA device: run this on a machine with one')
+    if args.device == 'cpu' and not INTERPRETED:
+        raise SetupError("--device cpu runs in Triton's interpreter: set TRITON_INTERPRET=1")
+    check_writable('--out', args.out, folder=True)
+    shapes = {name: parse_shape(name, SHAPES, 'B,H,W,C') for name in args.shapes or SHAPES}
+    if any(shape[3] % HEAD_DIM and name != '224 stem' for name, shape in shapes.items()):
+        raise SetupError(f'--shapes: C must be a multiple of {HEAD_DIM}, the width of a head')
+    return shapes
+
+
 def main() -> None:
     """Check, time, print, write."""
     parser = argparse.ArgumentParser(
@@ -209,11 +228,8 @@ def main() -> None:
         '--out', type=Path, default=Path('work_dirs/benchmark'), help='folder of fused.json'
     )
     args = parser.parse_args()
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        sys.exit('no CUDA device: run this on a machine with one')
-    shapes = {name: parse_shape(name, SHAPES, 'B,H,W,C') for name in args.shapes or SHAPES}
-    if any(shape[3] % HEAD_DIM and name != '224 stem' for name, shape in shapes.items()):
-        sys.exit(f'--shapes: C must be a multiple of {HEAD_DIM}, the width of a head')
+    with one_line_errors():
+        shapes = choose_shapes(args)
     torch.set_default_device(args.device)
     bandwidth = copy_bandwidth(args.device)
     report = {**machine(args.device), 'dtype': args.dtype, 'bandwidth': bandwidth, 'rows': []}
