@@ -69,6 +69,20 @@ def our_name(official: str) -> str:
     return f'{ours}.{leaf}'
 
 
+def by_our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with our names for official ones.
+
+    Raises:
+        RuntimeError: it has a parameter under both of its names.
+    """
+    names: dict[str, str] = {}
+    for key in state_dict:
+        first = names.setdefault(our_name(key), key)
+        if first != key:
+            raise RuntimeError(f'the checkpoint has one parameter under two names, {first!r} and {key!r}')
+    return {name: state_dict[key] for name, key in names.items()}
+
+
 def read(checkpoint: str, prefix: str | None = None, map_location: str = 'cpu') -> dict:
     """Read a checkpoint file without running code from it (``weights_only=True``).
 
@@ -195,12 +209,7 @@ def adapt(backbone: nn.Module, state_dict: dict, prefix: str, strict: bool = Tru
     incoming = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
     if not incoming:
         return  # nothing of a backbone in it: the caller reports that as for any module
-    names = {}
-    for key in incoming:
-        first = names.setdefault(our_name(key[len(prefix) :]), key)
-        if first != key:
-            raise RuntimeError(f'the checkpoint has one parameter under two names, {first!r} and {key!r}')
-    incoming = {name: incoming[key] for name, key in names.items()}
+    incoming = by_our_names({key[len(prefix) :]: value for key, value in incoming.items()})
     own = backbone.state_dict()
     last = backbone.num_units - 1
     for leaf in ('weight', 'bias'):

@@ -273,7 +273,7 @@ def test_only_training_checkpoints_are_published(tool):
 
 def narrow_backbone(**changes):
     weights = ViGH(dict(embed_dims=32, depths=[1, 2], num_heads=[1, 2]), out_indices=(0, 1)).state_dict()
-    return {f'backbone.{key}': changes.get(key, value) for key, value in weights.items()}
+    return {f'backbone.{key}': value for key, value in {**weights, **changes}.items()}
 
 
 @pytest.mark.parametrize(
@@ -284,6 +284,7 @@ def narrow_backbone(**changes):
         ({'norm1.bias': torch.zeros(63)}, 'norm1.bias is [63], expected [64]'),
         ({'stages.1.blocks.1.mlp.fc1.weight': torch.zeros(2, 64)}, 'fc1.weight is [2, 64], expected'),
         ({'stem.down1.conv.weight': torch.zeros(16)}, 'shapes of no ViG or ViG-H'),
+        ({'patch_embed.0.bias': torch.zeros(16)}, 'one parameter under two names'),
     ],
 )
 def test_weights_that_are_not_whole_are_not_published(tool, changes, message):

@@ -192,6 +192,7 @@ def check_shapes(state_dict: Mapping[str, Tensor], name: str) -> None:
     """
     prefix = 'backbone.' if any(key.startswith('backbone.stem.') for key in state_dict) else ''
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+    own = checkpoints.by_our_names(own)
     if not {'stem.down1.conv.weight', 'stem.down2.conv.weight'} <= {*own}:
         return
     try:
