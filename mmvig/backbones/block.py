@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmvig.backbones.layers import (
+    NORMS,
     DWConv,
     SwiGLU,
     add_and_normalise,
@@ -57,9 +58,6 @@ def draw_factors(drop_paths: Iterable[nn.Module], x: Tensor) -> list[Factors]:
     torch._foreach_div_(rows, keep)
     pairs = iter(zip(rows[::2], rows[1::2], strict=True))
     return [next(pairs) if rate > 0 else (None, None) for rate in rates]
-
-
-NORMS = nn.LayerNorm, nn.RMSNorm
 
 
 class Block(nn.Module):

@@ -58,6 +58,9 @@ class RMSNorm2d(nn.RMSNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
 
+NORMS, MAP_NORMS = (nn.LayerNorm, nn.RMSNorm), (LayerNorm2d, RMSNorm2d)
+
+
 def is_plain_norm(module: nn.Module, channels: int, kinds: tuple[type, ...]) -> bool:
     """Whether a module is a LayerNorm or RMSNorm as mmvig.ops.norm computes it, of one of these types."""
     return (
@@ -96,7 +99,7 @@ def add_and_normalise(
         s and the norm of s.
     """
     dtype = dtype or x.dtype
-    kinds = (LayerNorm2d, RMSNorm2d) if as_map else (nn.LayerNorm, nn.RMSNorm)
+    kinds = MAP_NORMS if as_map else NORMS
     if is_plain_norm(module, x.shape[3], kinds):
         rms = isinstance(module, nn.RMSNorm)
         weights = module.weight, None if rms else module.bias, module.eps
@@ -105,14 +108,17 @@ def add_and_normalise(
             return x, norm(x, *weights, **options)
         return add_norm(x, branch, scale, *weights, **options)
     x = x if branch is None else add(x, branch, scale)
-    s = x.to(dtype_of(module, x.dtype))  # norms take no mixture of dtypes everywhere
+    return x, normalise(module, x, as_map).to(dtype)
+
+
+def normalise(module: nn.Module, x: Tensor, as_map: bool = False) -> Tensor:
+    """The norm that :func:`add_and_normalise` has of a sum, by a call of the module."""
+    x = x.to(dtype_of(module, x.dtype))  # norms take no mixture of dtypes everywhere
     if not as_map:
-        y = module(s)
-    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and not isinstance(module, kinds):
-        y = module(s).permute(0, 3, 1, 2).contiguous()
-    else:
-        y = module(s.permute(0, 3, 1, 2)).contiguous()
-    return x, y.to(dtype)
+        return module(x)
+    if isinstance(module, NORMS) and not isinstance(module, MAP_NORMS):
+        return module(x).permute(0, 3, 1, 2).contiguous()
+    return module(x.permute(0, 3, 1, 2)).contiguous()
 
 
 class ConvNorm(nn.Module):
@@ -152,8 +158,7 @@ class ConvNorm(nn.Module):
             if torch.compiler.is_compiling() or not is_watched():  # torch.func knows no memory formats
                 x = x.contiguous(memory_format=torch.channels_last)
             x = conv(x).permute(0, 2, 3, 1)
-        x = self.norm(x.to(dtype_of(self.norm, x.dtype)))  # norms take no mixture of dtypes everywhere
-        return ACTIVATIONS[self.act](x).to(dtype)
+        return ACTIVATIONS[self.act](normalise(self.norm, x)).to(dtype)
 
     def _fused(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """:meth:`forward` on Triton's kernels."""
@@ -269,6 +274,6 @@ class SwiGLU(nn.Module):
             and self.backend != 'triton'
             and x.shape[-1] < MIN_WIDTH
             and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
+            and not (torch.compiler.is_compiling() or is_watched())
             and is_plain_projection(self.fc1)
         )

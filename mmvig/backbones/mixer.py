@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from mmvig.backbones.layers import (
     DWConv,
-    dtype_of,
     fused_backend,
     is_plain_norm,
     is_plain_projection,
+    normalise,
 )
 from mmvig.ops.bigla import bigla_packed, check_backend
 from mmvig.ops.gated_mix import gated_mix
@@ -85,7 +85,7 @@ class GatedTokenMixer(nn.Module):
             options = {'act': self.out_act, 'backend': fused_backend(self.backend)}
             return gated_mix(o, gate, tokens, *weights, self.norm_long.eps, **options).view(x.shape)
         long, short = (
-            norm(each.unflatten(-1, (self.num_heads, -1)).to(dtype_of(norm, each.dtype))).flatten(-2)
+            normalise(norm, each.unflatten(-1, (self.num_heads, -1))).flatten(-2)
             for norm, each in ((self.norm_long, o), (self.norm_short, tokens))
         )
         y = torch.lerp(short, long, gate.sigmoid().to(short.dtype))

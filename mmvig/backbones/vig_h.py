@@ -14,7 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.base import Backbone, check_positive_ints, parse_arch
 from mmvig.backbones.block import Block, draw_factors
-from mmvig.backbones.layers import ConvNorm, LayerNorm2d, SwiGLU, add_and_normalise, fused_backend
+from mmvig.backbones.layers import (
+    MAP_NORMS,
+    ConvNorm,
+    LayerNorm2d,
+    SwiGLU,
+    add_and_normalise,
+    fused_backend,
+    is_plain_norm,
+    normalise,
+)
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.ops.norm import add
 from mmvig.registry import MODELS
@@ -65,9 +74,14 @@ class Stage(nn.Module):
         )
         self.downsample = ConvNorm(channels, 2 * channels, backend) if downsample else None
         self.with_cp = with_cp
+        self.backend = fused_backend(backend)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, H, W, C] -> x, branch and scale, still to be added up; the backbone downsamples the sum."""
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[B, H, W, C] -> the next stage's input, this one's result, and the map [B, C, H, W] of its norm.
+
+        ``norm``, the backbone's output norm, is computed here, in one pass with the last sum. The map is
+        None where there is none, or one that must be called: by its parent, where counters look for it.
+        """
         state = x, None, None
         factors = draw_factors((block.drop_path for block in self.blocks), x)
         for block, of_block in zip(self.blocks, factors, strict=True):
@@ -75,7 +89,11 @@ class Stage(nn.Module):
                 state = checkpoint(block, *state, of_block, use_reentrant=False)
             else:
                 state = block(*state, of_block)
-        return state
+        if norm is not None and is_plain_norm(norm, x.shape[3], MAP_NORMS):
+            x, y = add_and_normalise(norm, *state, self.backend, as_map=True)
+        else:
+            x, y = add(*state), None
+        return x if self.downsample is None else self.downsample(x), x, y
 
 
 @ROOT_MODELS.register_module()  # for `type='ViGH'` after `custom_imports`
@@ -148,7 +166,6 @@ class ViGH(Backbone):
             init_cfg,
         )
         self.depths = tuple(depths)
-        self.backend = fused_backend(backend)
         num_stages = max(self.out_indices) + 1
         self.num_features = [embed_dims * 2**i for i in range(num_stages)]
 
@@ -196,15 +213,10 @@ class ViGH(Backbone):
         x = self.stem(x.permute(0, 2, 3, 1))
         maps = []
         for i, stage in enumerate(self.stages):
-            x, branch, scale = stage(x)
-            if i in self.out_indices:
-                norm = getattr(self, f'norm{i}')
-                x, y = add_and_normalise(norm, x, branch, scale, self.backend, as_map=True)
-                maps.append(y)
-            else:
-                x = add(x, branch, scale)
-            if stage.downsample is not None:
-                x = stage.downsample(x)
+            norm = getattr(self, f'norm{i}', None)
+            x, result, y = stage(x, norm)
+            if norm is not None:
+                maps.append(normalise(norm, result, as_map=True) if y is None else y)
         return tuple(maps)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:

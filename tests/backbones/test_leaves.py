@@ -363,3 +363,21 @@ def test_bad_options_are_refused_in_a_line(family, options):
     with pytest.raises((TypeError, ValueError), match=name) as error:
         kind(**{'arch': arch, 'out_indices': (0,), **options})
     assert '\n' not in str(error.value) and 'mmvig' in error.traceback[-1].path.parts
+
+
+def test_modules_are_called_by_their_parents():
+    """Counters such as torchinfo's take what is called after a module, and deeper, for its children."""
+    model, calls = make('ViGH'), []
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    model(torch.randn(1, 3, 32, 24))
+    running = []
+    for name in calls:
+        while running and not name.startswith(f'{running[-1]}.'):
+            running.pop()
+        parent = name.rpartition('.')[0]
+        while isinstance(model.get_submodule(parent), nn.ModuleList):
+            parent = parent.rpartition('.')[0]
+        assert parent == (running[-1] if running else ''), name
+        running.append(name)

@@ -149,6 +149,8 @@ def _choose(backend: str, x: Tensor, key_dim: int, value_dim: int) -> str:
     check_backend(backend)
     if backend not in ('auto', 'triton'):
         return backend
+    if backend == 'auto' and x.is_meta:
+        return 'chunked'
     if backend == 'auto' and x.device.type == 'cpu':
         _announce('the inputs are on the CPU', logging.INFO)
         return 'chunked'
@@ -178,7 +180,7 @@ _announced: set[str] = set()
 
 def _check_options(scale: float | None, gate_normalizer: float, key_dim: int) -> float:
     if scale is None:
-        scale = key_dim**-0.5
+        scale = int(key_dim) ** -0.5  # torch.jit.trace has sizes as tensors
     for name, value in (('scale', scale), ('gate_normalizer', gate_normalizer)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f'{name} must be a number, got {value!r}')

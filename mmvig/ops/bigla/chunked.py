@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvig.ops.choice import is_watched
+
 # Tokens per chunk: the pairwise decays take K * CHUNK floats a token, the states K * V / CHUNK.
 CHUNK = 8
 # Chunks that are solved at once by their pairwise decays, and how many may be without grouping.
@@ -154,7 +156,9 @@ def _entry_states_by_doubling(log_decay: Tensor, update: Tensor, reverse: bool) 
 
 def _masks(size: int, reverse: bool, like: Tensor) -> dict[str, Tensor]:
     """0/1 matrices that sum log gates over part of a run of ``size``, in ``like``'s dtype and device."""
-    make = _make_masks.__wrapped__ if torch.compiler.is_compiling() else _make_masks
+    # A tracer would record them being made the first time only.
+    traced = torch.compiler.is_compiling() or is_watched()
+    make = _make_masks.__wrapped__ if traced else _make_masks
     return make(size, reverse, like.dtype, like.device)
 
 

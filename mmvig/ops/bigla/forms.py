@@ -1,5 +1,6 @@
 """The backend 'chunked': which of its forms computes a head, and what training keeps."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -25,7 +26,7 @@ def bigla_chunked(
     inputs = q, k, v, g_fwd, g_bwd
     options = scale, normalizer
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v):
         if torch.compiler.is_compiling():
             if not trained:
                 return general_forward(*inputs, *options)
@@ -35,6 +36,11 @@ def bigla_chunked(
         if _is_seen_through(inputs):
             return general_forward(*inputs, *options)
         return _Chunked.apply(*inputs, *options) if trained else _forward(*inputs, *options)
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Products in the dtypes that they are given; PyTorch has no autocast for the meta device."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _is_seen_through(inputs: tuple[Tensor, ...]) -> bool:
@@ -61,7 +67,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do):
         inputs, options = ctx.saved_tensors, ctx.options
-        with torch.autocast(do.device.type, enabled=False):
+        with without_autocast(do):
             if torch.is_grad_enabled():  # for second derivatives
                 grads = _general_backward(do, *inputs, *options, create_graph=True)
             else:
