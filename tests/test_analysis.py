@@ -456,6 +456,7 @@ def test_images_are_turned_as_the_pipeline_turns_them(erf, files):
         ('no.py', ['config is missing', 'no.py']),
         ('detector.py no.pth', ['checkpoint is missing', 'no.pth', 'tools/train.py']),
         ('it.pth', ['it.pth follows no config']),
+        ("detector.py ''", ['checkpoint is missing']),
         ('detector.py it.pth it.pth', ['it.pth follows no config']),
         ('plain.py it.pth', ['it.pth', 'does not fit this ViG']),
         ('maps.py it.pth', ['it.pth', 'Missing key']),
@@ -476,7 +477,7 @@ def test_images_are_turned_as_the_pipeline_turns_them(erf, files):
     ],
 )
 def test_bad_input_to_the_receptive_field(erf, files, monkeypatch, capsys, arguments, said):
-    line = error_of(erf, monkeypatch, capsys, '--out', 'it.png', *arguments.split())
+    line = error_of(erf, monkeypatch, capsys, '--out', 'it.png', *shlex.split(arguments))
     assert all(part in line for part in said), line
     assert not Path('it.png').exists()
 

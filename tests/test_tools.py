@@ -398,6 +398,7 @@ def test_curves_replace_what_a_resumed_run_did_again(tmp_path):
         (b'{"loss": 1, "step": "x"}\n', [], 'line 1 is no record'),
         (b'{"loss": 1, "step": 1}\n', ['--keys', 'los'], 'no los in the runs'),
         (b'{"loss": 1, "step": 1}\n', ['--out', 'log.json'], 'must end in .png'),
+        (b'{"loss": 1, "step": 1}\n', ['--out', ''], 'must end in .png'),
         (b'{"loss": 1, "step": 1}\n', ['--out', 'folder.png'], 'is a folder'),
         (b'{"loss": 1, "step": 1}\n', ['--out', 'log.json/a.png'], 'is a file'),
     ],

@@ -303,7 +303,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise SetupError(f'--opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {args.opset}')
     elif args.opset != OPSETS[0]:
         raise SetupError(f'--opset is for .onnx files, and --out is {out}')
-    if args.checkpoint:
+    if args.checkpoint is not None:
         check_checkpoint(args.checkpoint, args.config)
 
 

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imported for types alone: a tool should say what is missing at once
@@ -133,6 +134,8 @@ def check_device(name: str | None) -> str:
 
     if name is None:
         return 'cuda:0' if torch.cuda.is_available() else 'cpu'
+    if name.startswith('cpu:') and name != 'cpu:0':  # which torch takes, whatever the number
+        raise SetupError(f'--device {name} cannot be used, the only CPU is cpu')
     try:
         torch.zeros(1, device=name).item()
     except (AssertionError, ImportError, RuntimeError) as error:  # as torch's backends have it
@@ -142,7 +145,7 @@ def check_device(name: str | None) -> str:
 
 
 def check_writable(option: str, path: str | Path, folder: bool = False) -> None:
-    """Check before any work that a file, or a folder and files in it, can be written; nothing is made.
+    """Check before any work that a file, or a folder and files in it, can be written; nothing stays.
 
     Raises:
         SetupError: It is of the other kind, a file stands where a folder must be, or it is read-only.
@@ -157,8 +160,12 @@ def check_writable(option: str, path: str | Path, folder: bool = False) -> None:
         raise SetupError(f'{option} {path} cannot be written: {error.strerror}') from error
     if first != path and not first.is_dir():
         raise SetupError(f'{option} {path} cannot be written: {first} is a file, not a folder')
-    if not os.access(first, os.W_OK):
-        raise SetupError(f'{option} {path} cannot be written: {first} is read-only')
+    place = first if first.is_dir() else first.absolute().parent
+    try:
+        with TemporaryFile(dir=place):  # to try is the only way to know
+            pass
+    except OSError as error:
+        raise SetupError(f'{option} {path} cannot be written: {place}: {error.strerror}') from error
 
 
 def _check_loader(cfg: Config, split: str) -> None:

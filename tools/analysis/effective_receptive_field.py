@@ -191,7 +191,7 @@ def main() -> None:
             raise SetupError(f'--noise must be from 1 to {MAX_NOISE}, got {args.noise}')
         pairs = pair_up(args.models)
         for config, checkpoint in pairs:
-            if checkpoint:
+            if checkpoint is not None:
                 check_checkpoint(checkpoint, config)
         for path in args.images or []:
             check_file(path, 'image', 'give the path of an image')

@@ -69,7 +69,7 @@ def load_backbone(cfg: Config, checkpoint: str | None) -> nn.Module:
 
     if 'model' not in cfg:
         raise SetupError(f'{cfg.filename} has no model, so no backbone to look into')
-    if checkpoint:
+    if checkpoint is not None:
         check_checkpoint(checkpoint, cfg.filename)
     settings = dict(cfg.model.get('backbone', cfg.model))
     if cfg.get('default_scope'):
@@ -78,7 +78,7 @@ def load_backbone(cfg: Config, checkpoint: str | None) -> nn.Module:
     backbone = revert_sync_batchnorm(MODELS.build(settings))
     if 'backbone' not in cfg.model and not isinstance(backbone, Backbone):
         raise SetupError(f'the model of {cfg.filename}, a {type(backbone).__name__}, has no backbone')
-    if checkpoint:
+    if checkpoint is not None:
         cli.load_strictly(backbone, checkpoint, prefix=None)
     else:
         MMLogger.get_instance('mmvig.analysis').setLevel(logging.WARNING)  # a line a parameter otherwise

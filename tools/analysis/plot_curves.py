@@ -215,7 +215,8 @@ def main() -> None:
     with one_line_errors():
         args = parse_args()
         first = Path(args.runs[0])
-        out = Path(args.out or (first if first.is_dir() else first.parent) / 'curves.png')
+        beside = first if first.is_dir() else first.parent
+        out = beside / 'curves.png' if args.out is None else Path(args.out)
         if out.suffix != '.png':
             raise SetupError(f'--out {out}: it must end in .png')
         check_writable('--out', out)
