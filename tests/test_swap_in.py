@@ -5,10 +5,11 @@ import os
 import pickle
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from mmvig.compat.__main__ import find_script
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -23,6 +25,7 @@ from mmengine.runner import load_checkpoint
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
+from programs import run_tool
 from torch import nn
 
 from mmvig.datasets.shapes import ensure_shapes
@@ -36,7 +39,12 @@ DETECTION = [name for name, block in CONFIGS.items() if 'mmdet::' in block]
 CLASSIFICATION = [name for name, block in CONFIGS.items() if 'mmpretrain::' in block]
 SEGMENTATION = [name for name in CONFIGS if name not in DETECTION + CLASSIFICATION]
 OPTIMIZER = next(block for block in BLOCKS if block.startswith('optim_wrapper'))
-INFERENCE = {re.match(r'from (\w+)', block)[1]: block for block in BLOCKS if 'Inferencer(' in block}
+INFERENCE = {
+    re.match(r'from (\w+)', block)[1]: block
+    for block in BLOCKS
+    if 'Inferencer(' in block and 'received.pth' not in block
+}
+(SAFE_INFERENCE,) = (block for block in BLOCKS if 'received.pth' in block)
 COMMANDS = re.search(r'^```sh\n(.*?)^```', PAGE, re.MULTILINE | re.DOTALL)[1].splitlines()
 SIZE = (64, 96)
 
@@ -65,7 +73,10 @@ SMALL = {
     'cascade': TWO_STAGE,
     'retinanet': ONE_STAGE,
     'fcos': ONE_STAGE,
-    'atss': ONE_STAGE,
+    'atss_r50_fpn_1x': ONE_STAGE,
+    'atss_r50_fpn_dyhead': {'model.neck.1.num_blocks': 1, 'model.test_cfg.score_thr': 0.0},
+    'ddod': ONE_STAGE,
+    'vfnet': ONE_STAGE,
     'rtmdet': {**ONE_STAGE, 'model.test_cfg.max_per_img': 50},
     'deformable-detr': DETR,
     'dino': {**DETR, 'model.dn_cfg.group_cfg.num_dn_queries': 4},
@@ -238,6 +249,7 @@ def test_model_trains_a_step_and_predicts(name, tmp_path):
     check_maps(name, cfg, model)
 
     model.train()
+    MessageHub.get_current_instance().update_info('epoch', 0)  # as mmengine's Runner does
     losses = model(**model.data_preprocessor(batch_for(cfg), True), mode='loss')
     loss, _ = model.parse_losses(losses)
     assert torch.isfinite(loss) and loss > 0
@@ -283,13 +295,11 @@ def test_pretrained_weights_are_added_to_a_block_as_the_page_says(tmp_path, monk
 
 
 def command(package):
-    """The arguments of the page's training command, from the program on."""
-    site, *lines = COMMANDS
-    (line,) = [line for line in lines if f'/{package}/' in line]
-    script = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}; {site}; echo {line}'
-    words = shlex.split(run(['bash', '-c', script], ROOT))
-    assert words.pop(0) == 'python'
-    return words
+    """The script and the config of the page's training command."""
+    (line,) = [line for line in COMMANDS if f'{package}/' in line]
+    python, *module, tool, config = line.split()
+    assert [python, *module] == ['python', '-m', 'mmvig.compat']
+    return tool, config
 
 
 def run(words, cwd):
@@ -323,12 +333,12 @@ def image(tmp_path):
     return tmp_path / 'image.jpg'
 
 
-# In a fresh process, told of mmvig by the config alone: the package's training tool, then its inferencer.
+# In a fresh process: the package's training tool, then its inferencer.
 PROGRAM = """
 {first}
 import pickle, runpy, sys
 sys.argv = {arguments!r}
-runpy.run_path(sys.argv[0], run_name='__main__')
+{start}
 import os
 os.rename('run/iter_2.pth', {checkpoint!r})
 {inference}
@@ -337,10 +347,18 @@ with open('prediction.pkl', 'wb') as file:
 """
 
 
-def train_and_predict(package, folder, checkpoint, first='', options=()):
-    """Two iterations of the page's command and its inferencer on image.jpg: (dumped config, prediction)."""
+PLAINLY = "runpy.run_path(sys.argv[0], run_name='__main__')"
+BY_THE_PAGE = "runpy.run_module('mmvig.compat', run_name='__main__')"
+
+
+def train_and_predict(package, folder, checkpoint, first='', plainly=False, options=()):
+    """Two iterations of the page's command and its inferencer on image.jpg: (dumped config, prediction).
+
+    Plainly: the script as `python SCRIPT` runs it, told of mmvig by the config alone.
+    """
     ensure_shapes(folder / 'shapes', num_train=4, num_val=2)
-    script, config = command(package)
+    tool, config = command(package)
+    words = [str(find_script(tool))] if plainly else ['-m', tool]
     options = [
         *loader_options(data_root=folder / 'shapes'),
         *(
@@ -353,9 +371,12 @@ def train_and_predict(package, folder, checkpoint, first='', options=()):
         ),
         *options,
     ]
-    arguments = [script, str(ROOT / config), '--work-dir', 'run', '--cfg-options', *options]
     program = PROGRAM.format(
-        first=first, arguments=arguments, checkpoint=checkpoint, inference=INFERENCE[package]
+        first=first,
+        arguments=[*words, str(ROOT / config), '--work-dir', 'run', '--cfg-options', *options],
+        start=PLAINLY if plainly else BY_THE_PAGE,
+        checkpoint=checkpoint,
+        inference=INFERENCE[package],
     )
     run([sys.executable, '-c', program], folder)
     losses = logged_losses(folder / 'run')
@@ -372,6 +393,7 @@ def test_mmdet_trains_our_config_and_rebuilds_it_by_itself(tmp_path, image):
         'mmdet',
         tmp_path,
         'detector.pth',
+        plainly=True,
         first='import mmdet.apis',  # before the config: mmdet then misses mmcv's operators
         options=[
             f'val_evaluator.ann_file={annotations}',
@@ -401,7 +423,8 @@ def test_mmseg_trains_our_config_and_rebuilds_it_by_itself(tmp_path, image):
 
 def test_mmpretrain_trains_a_block_and_rebuilds_it_by_itself(tmp_path, image, monkeypatch):
     """In this process, to save time: mmpretrain needs no stand-in for mmcv's operators."""
-    script, config = command('mmpretrain')
+    tool, config = command('mmpretrain')
+    script = str(find_script(tool))
     monkeypatch.chdir(tmp_path)
     Path(config).write_text(CONFIGS['swin-tiny_16xb64_in1k'])
     Path('list.txt').write_text('image.jpg 3\nimage.jpg 700\n')
@@ -429,3 +452,48 @@ def test_mmpretrain_trains_a_block_and_rebuilds_it_by_itself(tmp_path, image, mo
     np.testing.assert_allclose(prediction['pred_scores'], scores[0].pred_score, atol=1e-5)
     assert prediction['pred_label'] == scores[0].pred_label.item()
     assert isinstance(prediction['pred_class'], str)
+
+
+class Hostile:
+    """Leaves a file behind when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path('it_ran'),)
+
+
+# Says of each text whether the inferencer was made, and whether code of the file ran.
+ATTEMPTS = """
+import json, sys
+from pathlib import Path
+for file, text in json.loads(Path('attempts.json').read_text()):
+    Path(file).replace('received.pth')
+    try:
+        exec(text, {})
+        made = True
+    except Exception as error:
+        made = type(error).__name__
+    print(json.dumps([made, Path('it_ran').exists()]))
+    Path('it_ran').unlink(missing_ok=True)
+"""
+
+
+def test_the_safe_way_to_predict_runs_no_code_of_a_file(tmp_path):
+    cfg = small_config('faster-rcnn_r50_fpn_1x_coco', tmp_path)
+    cfg.model.backbone.arch = {'embed_dims': 32, 'depths': [1, 1, 1, 1], 'num_heads': [1, 2, 4, 8]}
+    cfg.model.neck.in_channels = [32, 64, 128, 256]
+    cfg.dump(tmp_path / 'my_detector.py')
+    meta = {'cfg': "__import__('pathlib').Path('it_ran').touch()", 'dataset_meta': {'classes': ('cat',)}}
+    harmless = {'state_dict': MODELS.build(cfg.model).state_dict(), 'meta': meta}
+    for name, content in (('1', Hostile()), ('2', Hostile()), ('3', None)):
+        torch.save({**harmless, 'other': content}, tmp_path / name)
+    guard = re.search(r'^reading\.guard_mmengine\(\).*\n', SAFE_INFERENCE, re.MULTILINE)[0]
+    unsafe = SAFE_INFERENCE.replace(guard, '')
+    attempts = [('1', unsafe), ('2', SAFE_INFERENCE), ('3', SAFE_INFERENCE)]
+    (tmp_path / 'attempts.json').write_text(json.dumps(attempts))
+    (tmp_path / 'attempts.py').write_text(ATTEMPTS)
+    result = run_tool(str(tmp_path / 'attempts.py'), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (_, ran), (refused, not_run), loaded = map(json.loads, re.findall(r'^\[.*\]$', result.stdout, re.M))
+    assert ran, 'without the guard it is safe too: the page can be shorter'
+    assert refused is not True and not not_run
+    assert loaded == [True, False]

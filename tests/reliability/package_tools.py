@@ -225,7 +225,8 @@ def survey(folder: Path, only: str) -> dict[str, tuple[str, str]]:
                 trouble = ours.run(line)
                 found[name] = trouble, trouble and peer.run(line)
                 verdict = 'runs' if not trouble else 'fails through itself' if found[name][1] else 'FAILS'
-                print(f'| {name} | {verdict} | {trouble} |', flush=True)
+                other = found[name][1] if found[name][1] != trouble else ''
+                print(f'| {name} | {verdict} | {trouble} | {other} |', flush=True)
     return found
 
 
@@ -235,7 +236,7 @@ def main() -> None:
     parser.add_argument('--only', default='', help='run the scripts whose names have this')
     parser.add_argument('--keep', help='a new folder for all that is written, kept')
     args = parser.parse_args()
-    print('| script | with ViG-H | what went wrong |\n|---|---|---|')
+    print('| script | with ViG-H | what went wrong | with Swin, if other |\n|---|---|---|---|')
     with tempfile.TemporaryDirectory() as scratch:
         found = survey(Path(args.keep or scratch).absolute(), args.only)
     through_us = [name for name, (ours, peer) in found.items() if ours and not peer]
