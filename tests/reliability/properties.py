@@ -2,8 +2,8 @@
 
     python tests/reliability/properties.py --cases 500 [--seed 0] [--case N] [--device cuda]
 
-A case draws a family, widths, depths, heads, outputs, a batch and a size (sides from the smallest on, mostly
-odd), and checks all of these:
+A case draws a family, widths, depths, heads, outputs, a batch and a size (sides from the smallest on,
+mostly odd), and checks all of these:
 
 - shapes: each map has the documented size, is contiguous and finite;
 - repeatable: a second call gives the same bits;

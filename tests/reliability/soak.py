@@ -3,11 +3,11 @@
     python tests/reliability/soak.py --device cuda --steps 5000
     python tests/reliability/soak.py --device cpu --steps 500
 
-Trains ViG-H-T (on a CPU, a smaller one) on noise, with evaluation passes in between. Sizes come from a list of
-two dozen, the same number of times in each of ten windows: at random in every other one, in runs in the rest.
-For each window it prints the median step, the memory that PyTorch has allocated and reserved at its most, and
-the process's resident memory. It ends with status 1 if the tenth window has taken over 2 % more memory than the
-fourth, which has the same order, or 10 % longer.
+Trains ViG-H-T (on a CPU, a smaller one) on noise, with evaluation passes in between. Sizes come from a list
+of two dozen, the same number of times in each of ten windows: at random in every other one, in runs in the
+rest. For each window it prints the median step, the memory that PyTorch has allocated and reserved at its
+most, and the process's resident memory. It ends with status 1 if the tenth window has taken over 2 % more
+memory than the fourth, which has the same order, or 10 % longer.
 """
 
 import argparse
