@@ -1,9 +1,11 @@
 """BiGLA's backends against the token loop in float64."""
 
+import importlib.util
 import itertools
 import logging
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,6 +285,14 @@ def test_training_keeps_only_the_inputs():
     assert all(x.data_ptr() in storages for x in kept)
 
 
+def test_a_sample_of_the_fuzzer():
+    path = Path(__file__).parents[1] / 'reliability' / 'fuzz_bigla.py'
+    spec = importlib.util.spec_from_file_location('fuzz_bigla', path)
+    fuzzer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fuzzer)
+    assert not fuzzer.fuzz(range(60), 1, 'chunked', 'cpu')['failures']
+
+
 def test_memory_and_work_are_linear_in_tokens():
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -318,6 +328,48 @@ def test_exports_with_dynamic_length():
     for num_tokens in (2, 100, 3000):
         inputs = make_inputs(num_tokens)
         torch.testing.assert_close(exported(*inputs), bigla(*inputs))
+
+
+def logits_of_other_strength(factor):
+    return [x.requires_grad_() for x in (*make_inputs(20)[:3], *(factor * g for g in make_inputs(20)[3:]))]
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_a_trace_decides_nothing_by_values(grad):
+    """Recorded at mild gates, right at strong ones, with gradients."""
+    mild_ones = [x.detach().float().requires_grad_(grad) for x in logits_of_other_strength(1)]
+    traced = torch.jit.trace(bigla, mild_ones)
+    inputs = [x.detach().float().requires_grad_() for x in logits_of_other_strength(300)]
+    o = traced(*inputs)
+    weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
+    actual = [o.detach(), *torch.autograd.grad((o * weight).sum(), inputs)]
+    assert_close(actual, run([x.detach().double() for x in inputs], 'reference'), TOLERANCE[torch.float32])
+
+
+def test_meta_tensors_have_shapes():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        inputs = [x.to('meta', dtype).requires_grad_() for x in make_inputs(20)]
+        o = bigla(*inputs)
+        assert (o.shape, o.dtype, o.device.type) == (inputs[2].shape, dtype, 'meta')
+        grads = torch.autograd.grad(o.sum(), inputs)
+        assert [x.shape for x in grads] == [x.shape for x in inputs]
+
+
+def test_gradients_of_each_sample():
+    """torch.func.vmap over torch.func.grad, and forward-mode derivatives."""
+
+    def loss(*inputs):
+        return bigla(*(x[None] for x in inputs), backend='chunked').pow(2).sum()
+
+    inputs = [x.requires_grad_() for x in make_inputs(11)]
+    expected = torch.autograd.grad(bigla(*inputs).pow(2).sum(), inputs)
+    plain = [x.detach() for x in inputs]
+    actual = torch.func.vmap(torch.func.grad(loss, argnums=tuple(range(5))))(*plain)
+    torch.testing.assert_close(actual, expected)
+    tangents = [torch.randn_like(x) for x in plain]
+    one = [x[0] for x in plain], [x[0] for x in tangents]
+    _, along = torch.func.jvp(loss, *map(tuple, one))
+    torch.testing.assert_close(along, sum((e[0] * t).sum() for e, t in zip(expected, one[1], strict=True)))
 
 
 def replace(name, value):
