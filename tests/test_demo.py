@@ -280,6 +280,7 @@ def test_names_of_classes_come_from_the_checkpoint_or_the_data_set(demo, tool, m
         ('--device cuda:7', '--device cuda:7 cannot be used'),
         ('--out-dir a.png', '--out-dir a.png must be a folder, and is a file'),
         ('--out-dir a.png/b/c', 'a.png is a file, not a folder'),
+        ('--out-dir=', '--out-dir is empty'),
         ('--out-dir /proc/a', 'cannot be written'),
         ('--out-dir ' + 300 * 'x', 'File name too long'),
         ('--out-dir .', 'would be overwritten'),

@@ -150,6 +150,8 @@ def check_writable(option: str, path: str | Path, folder: bool = False) -> None:
     Raises:
         SetupError: It is of the other kind, a file stands where a folder must be, or it is read-only.
     """
+    if path == '':
+        raise SetupError(f'{option} is empty, expected a path')
     path = Path(path)
     try:
         if path.exists() and path.is_dir() != folder:
