@@ -1,5 +1,6 @@
 """BiGLA's Triton backend: small cases in Triton's interpreter, the full sweep on a GPU (pytest -m gpu)."""
 
+import math
 import os
 import subprocess
 import sys
@@ -97,6 +98,22 @@ def test_gates_of_a_single_token_have_no_gradient(dtype):
     o = bigla(*inputs, backend='triton')
     grads = torch.autograd.grad(o, inputs, torch.randn_like(o))
     assert all(x.any() for x in grads[:3]) and not any(x.any() for x in grads[3:])
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('logit, normalizer', [(-1000, 0.022), (-math.inf, 16.0)])
+def test_log_decays_that_float16_cannot_hold(dtype, logit, normalizer):
+    """Of -inf the decay is 0 and of inf it is 1; a sum over tokens goes through float16."""
+    inputs = [x.clone() for x in make_inputs(20, dtype=dtype)]
+    for i, g in enumerate(inputs[3:]):
+        g[:, 5 + i] = g[0, 12, 0, 3] = logit
+        g[0, 3, 0, 2] = math.inf if math.isinf(logit) else 50
+    o = bigla(*inputs, backend='triton', gate_normalizer=normalizer)
+    t = bigla(*[x.double() for x in inputs], backend='reference', gate_normalizer=normalizer)
+    tolerance = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 4e-6}[dtype]
+    assert (o - t).abs().max() <= tolerance * t.abs().max()
+    if math.isinf(logit):
+        assert_accurate(inputs)
 
 
 @pytest.mark.parametrize('key, value', [(8, 24), (24, 16), (32, 64)])

@@ -22,6 +22,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Largest sum of |log2 decay| over a chunk for the factored form: its factors stay within 2^(+-SPAN / 2), so
 # that inputs up to 2^30 do not overflow.
 SPAN = tl.constexpr(180.0)
+# The least log2 decay of a token: 2 to it is 0 in float32, sums of it are strong, and it fits into float16.
+LEAST = tl.constexpr(-1024.0)
 # Numbers of the tables [BT, BT] that sum a tile over tokens, as table @ tile.
 BALANCED = tl.constexpr(0)  # +1/2 up to the row's token, -1/2 after it
 UP_TO = tl.constexpr(1)  # 1 up to the row's token
@@ -278,12 +280,13 @@ def store_tile(
 
 @triton.jit
 def load_gates(
-    p, i_c, N, s_n, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
+    p, i_c, N, s_n, inv, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
-    """log2(sigmoid(g)) of a chunk's gate logits [BT, BK], 0 beyond the edges; and g in its dtype."""
+    """The log2 decays of a chunk's gate logits g [BT, BK], 0 beyond the edges; and g in its dtype."""
     g = load_tile(p, i_c, 0, N, s_n, float('inf'), K, BT, BK, UNIT)
-    return log2_sigmoid(g.to(tl.float32) * LOG2E, MODE), g
+    ld = log2_sigmoid(g.to(tl.float32) * LOG2E, MODE) * inv
+    return tl.maximum(ld, LEAST, propagate_nan=tl.PropagateNan.ALL), g
 
 
 @triton.jit
@@ -470,13 +473,11 @@ def states_kernel(
     first = tl.program_id(0) * CH
     # One loop over the tiles of all segments, as only loads of an innermost loop are under way ahead.
     for i_t in range(first * TILES, tl.minimum(first + CH, n_segments) * TILES):
-        lf, _ = load_gates(p_f, i_t, N, s_fn, K, BT, BK, UNIT, MODE)
-        lb, _ = load_gates(p_b, i_t, N, s_bn, K, BT, BK, UNIT, MODE)
+        lf, _ = load_gates(p_f, i_t, N, s_fn, inv, K, BT, BK, UNIT, MODE)
+        lb, _ = load_gates(p_b, i_t, N, s_bn, inv, K, BT, BK, UNIT, MODE)
         k = load_tile(p_k, i_t, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
         v = load_tile(p_v, i_t, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
         k = tf32_ready(k, PAIR_MODE)
-        lf *= inv
-        lb *= inv
         total_f = whole_sum(lf, MODE)
         total_b = whole_sum(lb, MODE)
         sum_f += total_f
@@ -567,8 +568,7 @@ def walk_kernel(
     state = tl.zeros((BK, BV), tl.float32)
     for i in range(n_chunks - 1):
         i_c = tl.where(reverse, n_chunks - 1 - i, i)
-        ld, _ = load_gates(p_g, i_c, N, s_g, K, BT, BK, UNIT, MODE)
-        ld *= inv
+        ld, _ = load_gates(p_g, i_c, N, s_g, inv, K, BT, BK, UNIT, MODE)
         total = whole_sum(ld, MODE)
         x = load_tile(p_x, i_c, 0, N, s_x, 0.0, K, BT, BK, UNIT).to(tl.float32)
         y = load_tile(p_y, i_c, i_v, N, s_y, 0.0, V, BT, BV, UNIT)
@@ -586,8 +586,8 @@ def walk_kernel(
         store_state(place, state, i_v, K, V, BK, BV)
     if of_keys & (i_v == 0):  # what leaves the last chunk enters none
         i_c = tl.where(reverse, 0, n_chunks - 1)
-        last, _ = load_gates(p_g, i_c, N, s_g, K, BT, BK, UNIT, MODE)
-        store_sum(p_sum, whole_sum(last * inv, MODE), i_c, K, BK)
+        last, _ = load_gates(p_g, i_c, N, s_g, inv, K, BT, BK, UNIT, MODE)
+        store_sum(p_sum, whole_sum(last, MODE), i_c, K, BK)
 
 
 @triton.jit
@@ -772,8 +772,7 @@ def state_after(
     UNIT: tl.constexpr, MODE: tl.constexpr, SHUFFLE: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """A state [BK, BV] carried over chunk i_c in one direction."""
-    ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
-    ld *= inv
+    ld, _ = load_gates(p_g, i_c, N, s_gn, inv, K, BT, BK, UNIT, MODE)
     k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
     v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
     table = load_table(p_table, BEFORE if BACKWARD else AFTER, BT)
@@ -887,13 +886,11 @@ def output_kernel(
                 if not STRONG:
                     sum_f = load_sum(p_sum, i, K, BK, SHUFFLE)
                     sum_b = load_sum(p_sum, n_sums + i, K, BK, SHUFFLE)
-            lf, _ = load_gates(f_at, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
-            lb, _ = load_gates(b_at, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
+            lf, _ = load_gates(f_at, i_c, N, s_fn, inv, K, BT, BK, UNIT, MODE)
+            lb, _ = load_gates(b_at, i_c, N, s_bn, inv, K, BT, BK, UNIT, MODE)
             q = load_tile(q_at, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
             k = load_tile(k_at, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
             v = load_tile(v_at, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
-            lf *= inv
-            lb *= inv
             a, ab, qf, qb, uf, ub = chunk_pairs(
                 q * scale, k, lf, lb, table, BT, MODE, PAIR_MODE, False, STRONG
             )
@@ -976,8 +973,8 @@ def direction_gradients(
             z *= 2
     else:
         if AGAIN:
-            ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
-            u = tile_sum(tl.trans(table) if BACKWARD else table, ld * inv, MODE)
+            ld, _ = load_gates(p_g, i_c, N, s_gn, inv, K, BT, BK, UNIT, MODE)
+            u = tile_sum(tl.trans(table) if BACKWARD else table, ld, MODE)
             mask_q = load_table(p_mask, BACKWARD, BT)
             mask_k = load_table(p_mask, not BACKWARD, BT)
         eq = tl.exp2(u)
@@ -1062,10 +1059,8 @@ def gradient_kernel(
 
             half_f = load_half_decay(p_sum, i, K, BK)
             half_b = load_half_decay(p_sum, n_states + i, K, BK)
-            lf, gf = load_gates(f_at, i_c, N, s_fn, K, BT, BK, UNIT, MODE)
-            lb, gb = load_gates(b_at, i_c, N, s_bn, K, BT, BK, UNIT, MODE)
-            lf *= inv
-            lb *= inv
+            lf, gf = load_gates(f_at, i_c, N, s_fn, inv, K, BT, BK, UNIT, MODE)
+            lb, gb = load_gates(b_at, i_c, N, s_bn, inv, K, BT, BK, UNIT, MODE)
             af, ab, kf, kb, uf, ub = chunk_pairs(k, q, lf, lb, table, BT, MODE, PAIR_MODE, True, STRONG)
             af = tf32_ready(af, MODE)
             if AGAIN:
