@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmvig.ops import bigla
 from mmvig.ops.bigla import chunked, forms, mild
@@ -344,6 +346,34 @@ def test_a_trace_decides_nothing_by_values(grad):
     weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(1))
     actual = [o.detach(), *torch.autograd.grad((o * weight).sum(), inputs)]
     assert_close(actual, run([x.detach().double() for x in inputs], 'reference'), TOLERANCE[torch.float32])
+
+
+def test_fake_tensors_and_graphs_by_them():
+    inputs = make_inputs(20)
+    graph = make_fx(lambda *x: bigla(*x, backend='chunked'), tracing_mode='fake')(*inputs)
+    inputs = logits_of_other_strength(300)
+    torch.testing.assert_close(graph(*inputs), bigla(*inputs))
+    with FakeTensorMode() as mode:
+        inputs = [mode.from_tensor(x) for x in inputs]
+        grads = torch.autograd.grad(bigla(*inputs, backend='chunked').sum(), inputs)
+        assert [x.shape for x in grads] == [x.shape for x in inputs]
+    assert bigla(*make_inputs(20)).isfinite().all()  # nothing fake was kept
+
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_exports_what_has_parameters(strict, monkeypatch):
+    class Op(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4, dtype=torch.float64))
+
+        def forward(self, q, *others):
+            return bigla(q * self.weight, *others, backend='chunked')
+
+    monkeypatch.setattr(chunked, 'TRACED_STEPS', 1)
+    inputs = make_inputs(20)
+    exported = torch.export.export(Op(), tuple(inputs), strict=strict).module()
+    torch.testing.assert_close(exported(*inputs), bigla(*inputs))
 
 
 def test_meta_tensors_have_shapes():

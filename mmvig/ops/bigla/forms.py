@@ -28,7 +28,7 @@ def bigla_chunked(
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     with without_autocast(v):
         if torch.compiler.is_compiling():
-            if not trained:
+            if not trained or _is_exporting():
                 return general_forward(*inputs, *options)
             return checkpoint(
                 general_forward, *inputs, *options, use_reentrant=False, preserve_rng_state=False
@@ -41,6 +41,11 @@ def bigla_chunked(
 def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Products in the dtypes that they are given; PyTorch has no autocast for the meta device."""
     return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def _is_exporting() -> bool:
+    """Whether this is torch.export, whose programs cannot run a checkpoint."""
+    return hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting()
 
 
 def _is_seen_through(inputs: tuple[Tensor, ...]) -> bool:
