@@ -163,7 +163,7 @@ def test_another_arch_is_refused_on_every_way(tmp_path, official):
 
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])
 def test_not_strict_is_not_strict(official, prefix):
-    """The backbone by itself and as a part of a detector: what does not fit is reported, the rest loaded."""
+    """The backbone by itself and in a detector: what does not fit is reported, the rest loaded."""
     partial = {name: value for name, value in official.items() if name.startswith('patch_embed')}
     partial['layers.0.blocks.0.extra.weight'] = torch.zeros(1)
     model = ViGH('tiny') if not prefix else Detector()

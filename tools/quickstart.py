@@ -77,11 +77,11 @@ def main() -> None:
     start = time.monotonic()
     args = parse_args()
     gpu = torch.cuda.is_available()
-    config = args.config or short(CONFIGS / (GPU_CONFIG if gpu else CPU_CONFIG))
+    config = short(CONFIGS / (GPU_CONFIG if gpu else CPU_CONFIG)) if args.config is None else args.config
     with one_line_errors():
         check_config(config)
         check_writable('--work-dir', args.work_dir, folder=True)
-    if not (args.config or gpu):
+    if args.config is None and not gpu:
         print('There is no GPU, so this takes smaller images, slimmer heads and fewer iterations.')
 
     work_dir = Path(args.work_dir)

@@ -124,7 +124,7 @@ def main() -> None:
             use_visualization(cfg, args)
         if args.tta:
             use_tta(cfg)
-        if args.out:
+        if args.out is not None:
             use_out(cfg, args.out)
         cfg.load_from = None  # mmengine only warns of what does not match, and would then evaluate it
         runner = cli.build_runner(cfg)

@@ -66,6 +66,13 @@ def trust_checkpoints(args: Namespace) -> None:
         reading.trust()
 
 
+# What a config's reading or a flag has the last word on.
+_NOT_BY_OPTION = {
+    'custom_imports': 'a config imports them while it is read, so name them in a file',
+    'launcher': 'give --launcher',
+}
+
+
 def load_config(args: Namespace) -> Config:
     """Read ``args.config`` and apply the shared arguments to it.
 
@@ -83,6 +90,9 @@ def load_config(args: Namespace) -> Config:
     log_own_messages()
     trust_checkpoints(args)
     cfg = read_config_file(args.config)
+    for key in args.cfg_options:
+        if first := _NOT_BY_OPTION.get(key.partition('.')[0]):
+            raise SetupError(f'--cfg-options {key} would change nothing: {first}')
     merge_options(cfg, args.cfg_options)
     check_complete(cfg)
     cfg.launcher = args.launcher
@@ -110,6 +120,8 @@ def check_complete(cfg: Config) -> None:
             raise SetupError(
                 f'{cfg.filename} has {present}, but no {" and no ".join(missing)}: give all or none'
             )
+    if not isinstance(cfg.get('resume', False), bool):
+        raise SetupError(f'resume must be True or False, got {cfg.resume!r}; --resume takes a checkpoint')
     for key in ('max_epochs', 'max_iters', 'val_interval'):
         value = (cfg.get('train_cfg') or {}).get(key, 1)
         if not isinstance(value, int) or value < 1:

@@ -36,12 +36,17 @@ class SetupError(Exception):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a SetupError into one line on stderr and exit status 2."""
+    """Turn a SetupError, or the system's refusal of a path, into one line on stderr and exit status 2."""
     try:
         yield
-    except SetupError as error:
+    except (SetupError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError):
+            if not error.filename:
+                raise
+            message = f'{str(error.filename)[:200]}: {error.strerror}'
         if local_rank() == 0:
-            print(f'error: {error}', file=sys.stderr)
+            print(f'error: {message}', file=sys.stderr)
         sys.exit(2)
 
 

@@ -22,6 +22,13 @@ DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)]
 on_devices = pytest.mark.parametrize('device', DEVICES)
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions():
+    """In float32 on a GPU too, where PyTorch's would take TF32."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 def make(family, device='cpu', **options):
     torch.manual_seed(0)
     model = MODELS[family](**options)

@@ -59,11 +59,11 @@ def of_config(w: bad_files.Files) -> list[str]:
         model.train_cfg.rpn.assigner.type=Foo|model.train_cfg.rpn=None|model.test_cfg.rcnn.nms.type=foo
         train_dataloader=None|train_dataloader=3|train_dataloader.batch_size=0
         train_dataloader.batch_size=x|train_dataloader.num_workers=-1|train_dataloader.sampler.type=Foo
-        train_dataloader.sampler=None|train_dataloader.collate_fn.type=foo|train_dataloader.foo=1
+        train_dataloader.collate_fn.type=foo|train_dataloader.foo=1
         {d}.type=Foo|{d}.type=mmvig.Foo|{d}.foo=1|{d}.pipeline=[]|{d}.pipeline=None|{d}.pipeline.0.type=Foo
         {d}.pipeline.0.foo=1|{d}.pipeline.0=3|{d}.pipeline=[1]|{d}.pipeline.1.type=Resize|{d}.pipeline.2.scale=x
         {d}.type=CocoDataset|{d}.ann_file={f}/empty.json|{d}.ann_file=no.json|{d}.data_prefix.img=no
-        {d}.metainfo.classes=[a,b]|{d}.metainfo=dict(classes=(cat,dog))|data_root=/no|data_root=|data_root=a,b
+        {d}.metainfo.classes=[a,b]|{d}.metainfo=dict(classes=(cat,dog))|data_root=/proc/no|data_root=|data_root=a,b
         {c}.ann_file={f}/empty.json|{c}.ann_file={f}/list.json|{c}.ann_file={f}/garbage.json
         {c}.ann_file={f}/no_categories.json|{c}.ann_file={f}/other_classes.json|{c}.ann_file={f}/no_images.json
         {c}.ann_file={f}/missing_pictures.json|{c}.ann_file={f}/broken_boxes.json|{c}.ann_file=/no.json
@@ -79,7 +79,7 @@ def of_config(w: bad_files.Files) -> list[str]:
         default_hooks.foo=dict(type=Foo)|custom_hooks=[dict(type=Foo)]|custom_hooks=3|visualizer.type=Foo
         visualizer.vis_backends=[dict(type=Foo)]|log_processor.type=Foo|log_level=LOUD|env_cfg=None|env_cfg=3
         default_scope=foo|default_scope=3|randomness.seed=x|randomness.foo=1|launcher=foo|runner_type=Foo|resume=x
-        work_dir=|experiment_name=3|custom_imports=3|auto_scale_lr=3|model_wrapper_cfg.type=Foo|compile=3|sync_bn=foo
+        custom_imports=3|auto_scale_lr=3|compile=3
         """
     coco = f'{data}.type=CocoDataset {data}'
     wrapper = 'optim_wrapper.constructor=mmvig.LayerDecayOptimWrapperConstructor'
@@ -183,7 +183,6 @@ def arguments(w: bad_files.Files) -> Iterator[tuple[str, list]]:
     for out in outputs:
         yield 'publish_model.py', [good, out]
         yield 'model_converters/official_to_mmvig.py', [good, out]
-    yield 'publish_model.py', [good, good]
     for values in options('--to', ['foo', '']):
         yield 'model_converters/official_to_mmvig.py', [good, 'out.pth', *values]
     shapes = [[a, b] for a, b in (('0', '64'), ('-1', '64'), ('abc', '64'), ('64', '1.5'), ('', '64'))]
