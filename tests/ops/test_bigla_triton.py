@@ -100,6 +100,14 @@ def test_gates_of_a_single_token_have_no_gradient(dtype):
     assert all(x.any() for x in grads[:3]) and not any(x.any() for x in grads[3:])
 
 
+def test_open_gates_and_a_rare_strong_one():
+    """Whose gradient must not be what is left of others', 1e7 times as large before their sigmoid."""
+    inputs = [x.clone() for x in make_inputs(20)]
+    for g in inputs[3:]:
+        g.fill_(15)[:, 7] = -600
+    assert_accurate(inputs)
+
+
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('logit, normalizer', [(-1000, 0.022), (-math.inf, 16.0)])
 def test_log_decays_that_float16_cannot_hold(dtype, logit, normalizer):

@@ -656,6 +656,12 @@ def scan_kernel(
 
 
 @triton.jit
+def sum_over(mask, x):
+    """Sums of x [BT, BK] over the tokens that a 0/1 matrix [BT, BT] picks."""
+    return tl.dot(mask.to(tl.float32), x, input_precision='tf32x3')
+
+
+@triton.jit
 def decay_over(mask, ld):
     """exp2 of sums of log2 decays [BT, BK] over the tokens that a 0/1 matrix [BT, BT] picks."""
     return tl.exp2(tl.dot(mask.to(tl.float32), ld, input_precision='tf32x3'))
@@ -939,6 +945,7 @@ def direction_gradients(
     A pair (t, s) adds p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two:
     summed up as running sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the
     pairs from outside it. Each p enters twice, from the same rounded factors, so what must cancel does.
+    STRONG: nothing must, as a block's pairs are those of its halves and those between the two.
     """
     xq = tl.zeros((BT, BK), tl.float32)
     xk = tl.zeros((BT, BK), tl.float32)
@@ -955,8 +962,13 @@ def direction_gradients(
     if STRONG:
         across *= tl.exp2(tl.sum(u, 0))
         to_q, to_k = decay_to_ends(u, BT, BACKWARD)
-        kx = k * to_k * xk
-        p = q * to_q * xq - kx
+        # Either side's by itself: a gate with few or weak pairs would be lost in a difference of many.
+        o = tl.arange(0, BT)
+        t, s = o[:, None], o[None, :]
+        if BACKWARD:
+            c = sum_over(s <= t, q * to_q * xq) + sum_over(s > t, k * to_k * xk)
+        else:
+            c = sum_over(s >= t, q * to_q * xq) + sum_over(s < t, k * to_k * xk)
         dq += to_q * xq
         dk += to_k * xk
         zero = tl.zeros((BT, BK), tl.float32)
@@ -969,7 +981,11 @@ def direction_gradients(
             dk_z = tl.where(first, 0.0, product(tl.where(same, da_t, 0.0), q_z, zero, MODE))
             dq += e * dq_z
             dk += e * dk_z
-            p += q_z * dq_z - k_z * dk_z
+            near = t // z == s // z
+            if BACKWARD:
+                c += sum_over(near & tl.where(first, s <= t, s > t), q_z * dq_z + k_z * dk_z)
+            else:
+                c += sum_over(near & tl.where(first, s >= t, s < t), q_z * dq_z + k_z * dk_z)
             z *= 2
     else:
         if AGAIN:
@@ -992,9 +1008,8 @@ def direction_gradients(
         p = q_u * dq_u - k_u * dk_u
         dq += eq * dq_u
         dk += ek * dk_u
-
-    across += tl.sum(kx, 0)
-    c = running_sum(up_to if BACKWARD else tl.trans(up_to), p, MODE)
+        across += tl.sum(kx, 0)
+        c = running_sum(up_to if BACKWARD else tl.trans(up_to), p, MODE)
     # From log decays to logits: d log sigmoid(g) = sigmoid(-g).
     if AGAIN:
         g = load_tile(p_g, i_c, 0, N, s_gn, 0.0, K, BT, BK, UNIT)

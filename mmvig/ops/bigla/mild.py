@@ -16,9 +16,9 @@ from mmvig.ops.bigla.chunked import entry_states
 # Tokens per chunk at most; largest |log decay| over one, half of which is the largest exponent; and what
 # sums of log decays are in, as in float32 an exponent of 20 is a factor with an error of 1e-6. 49 tokens of
 # the last stage of a 224x224 image are one chunk without states.
-FORMS = (49, 8.0, torch.float32), (49, 40.0, torch.float64), (32, 40.0, torch.float64)
+FORMS = (49, 4.0, torch.float32), (49, 40.0, torch.float64), (32, 40.0, torch.float64)
 # The last two of the gradients, whose chunks are a power of 2.
-GRADIENT_FORMS = (8.0, torch.float32), (40.0, torch.float64)
+GRADIENT_FORMS = (4.0, torch.float32), (40.0, torch.float64)
 # With exponents of up to 20, the largest of what a factor multiplies must be in this range.
 ORDINARY = 1e-27, 1e27
 
