@@ -12,3 +12,29 @@ if not torch.cuda.is_available():
 import mmvig.compat  # noqa: F401  must precede any import of mmcv.ops
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+import mmengine.runner.checkpoint as mmengine_checkpoint
+import pytest
+from mmengine.fileio.handlers import registry_utils
+from mmengine.registry import WEIGHT_INITIALIZERS
+
+from mmvig import reading
+
+
+@pytest.fixture(autouse=True)
+def unguarded(monkeypatch):
+    """Tools make their process read files safely; a test that runs one in its own puts that back."""
+    loader, handlers = mmengine_checkpoint.CheckpointLoader, registry_utils.file_handlers
+    monkeypatch.setenv(reading.FORCE, '0')
+    monkeypatch.setattr(loader, '_schemes', dict(loader._schemes))
+    monkeypatch.setattr(reading, '_trusted', False)
+    monkeypatch.setattr(WEIGHT_INITIALIZERS, '_module_dict', dict(WEIGHT_INITIALIZERS._module_dict))
+    for name in ('load_from_http', 'get_torch_safe_globals'):
+        if hasattr(mmengine_checkpoint, name):
+            monkeypatch.setattr(mmengine_checkpoint, name, getattr(mmengine_checkpoint, name))
+    for name in ('yaml', 'yml'):
+        monkeypatch.setitem(handlers, name, handlers[name])
+    allowed = torch.serialization.get_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(allowed)

@@ -13,10 +13,8 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.fileio.handlers.registry_utils import file_handlers
 from mmengine.model import BaseModule
 from mmengine.optim import OneCycleLR
-from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
@@ -35,18 +33,9 @@ class Code:
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(monkeypatch, tmp_path):
-    """What tools change of a process is put back; nothing of a file's code may have run."""
+    """Nothing of a file's code may have run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    monkeypatch.setenv(reading.FORCE, '0')
-    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
-    for name in ('load_from_http', 'get_torch_safe_globals'):
-        if hasattr(mmengine_checkpoint, name):
-            monkeypatch.setattr(mmengine_checkpoint, name, getattr(mmengine_checkpoint, name))
-    monkeypatch.setattr(WEIGHT_INITIALIZERS, '_module_dict', dict(WEIGHT_INITIALIZERS._module_dict))
-    for name in ('yaml', 'yml'):
-        monkeypatch.setitem(file_handlers, name, file_handlers[name])
-    monkeypatch.setattr(reading, '_trusted', False)
     yield
     assert not Path('mark').exists()
 

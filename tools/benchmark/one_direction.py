@@ -95,11 +95,10 @@ def states_kernel(
     s1 = nothing
     first = tl.program_id(0) * CH
     for i_c in range(first * NC, tl.minimum(first + CH, n_segments) * NC):
-        ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
+        ld, _ = load_gates(p_g, i_c, N, s_gn, inv, K, BT, BK, UNIT, MODE)
         k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
         v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
         k = tf32_ready(k, PAIR_MODE)
-        ld *= inv
         total = whole_sum(ld, MODE)
         if i_v == 0:  # noqa: SIM102  the two do not combine: Triton has no lazy `and`
             if i_c < n_chunks:
@@ -169,12 +168,11 @@ def output_kernel(
                 place = place_of(p_state, i_state - 1, K, V)
             state = load_state(place, there, i_v, K, V, BK, BV, SHUFFLE)
             half = load_half_decay(p_sum, i_c, K, BK, SHUFFLE)
-        ld, _ = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
+        ld, _ = load_gates(p_g, i_c, N, s_gn, inv, K, BT, BK, UNIT, MODE)
         q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
         k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
         v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
         q *= scale
-        ld *= inv
         u = tile_sum(table, ld, MODE)  # decays from the chunk's middle to the token
         if SWAP:
             x, y = k, q
@@ -241,11 +239,11 @@ def gradient_kernel(
     nothing = tl.zeros((BT, BK), tl.float32)
     first = tl.program_id(0) * CH
     for i_c in range(first, tl.minimum(first + CH, n_chunks)):
-        ld, g = load_gates(p_g, i_c, N, s_gn, K, BT, BK, UNIT, MODE)
+        ld, g = load_gates(p_g, i_c, N, s_gn, inv, K, BT, BK, UNIT, MODE)
         half = load_half_decay(p_sum, i_c, K, BK)
         v = load_tile(p_v, i_c, 0, N, s_vn, 0.0, V, BT, BV, UNIT)
         do = load_tile(p_o, i_c, 0, N, s_on, 0.0, V, BT, BV, UNIT)
-        u = tile_sum(table, ld * inv, MODE)
+        u = tile_sum(table, ld, MODE)
         da = tl.zeros((BT, BT), tl.float32)
         da_t = tl.zeros((BT, BT), tl.float32)
         for i_v in range((V + BV - 1) // BV):
