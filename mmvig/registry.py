@@ -21,6 +21,6 @@ OPTIM_WRAPPER_CONSTRUCTORS = _root.Registry(
     'optimizer wrapper constructor',
     parent=_root.OPTIM_WRAPPER_CONSTRUCTORS,
     scope='mmvig',
-    locations=['mmvig.engine.layer_decay'],
+    locations=['mmvig.engine.layer_decay', 'mmvig.engine.optim'],
 )
 RUNNERS = _root.Registry('runner', parent=_root.RUNNERS, scope='mmvig', locations=['mmvig.engine.runner'])

@@ -1,10 +1,10 @@
 """Layer-wise decay of the learning rate, for any model whose backbone knows the depth of its parameters."""
 
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from mmvig.engine.optim import OptimWrapperConstructor
 from mmvig.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 OPTIONS = {'decay_rate', 'custom_keys'}
@@ -13,13 +13,13 @@ POSITION_EMBEDDINGS = ('pos_embed', 'position_embed', 'relative_position')
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
-class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+class LayerDecayOptimWrapperConstructor(OptimWrapperConstructor):
     """Earlier layers of the backbone learn more slowly: layer i of L at ``lr * decay_rate ** (L - 1 - i)``.
 
     The layers are what ``model.backbone.get_layer_depth(parameter_name, prefix)`` says; a model without
     ``backbone`` is taken to be one itself. All other parameters get the full learning rate, and frozen ones
     are left out. Norm weights, biases, position embeddings and all one-dimensional parameters get no weight
-    decay. Parameters that are treated alike share a group, which is faster than mmengine's one group each.
+    decay. Parameters that are treated alike share a group, as in OptimWrapperConstructor.
 
     Args:
         optim_wrapper_cfg: config of the optimiser wrapper; its ``optimizer`` must give ``lr``.
@@ -70,12 +70,20 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().add_params(params, module, prefix, **kwargs)
         if prefix:
             return  # mmengine walks through the submodules by this very method
+        rates = [group['lr'] for group in params]
+        print_log(
+            f'Layer-wise decay over {type(backbone).__name__}: learning rates from {min(rates):.3g} to '
+            f'{max(rates):.3g} in {len(params)} groups.',
+            logger='current',
+        )
 
-        backbone_prefix = '' if backbone is module else 'backbone.'
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        norms = (each for each in module.modules() if isinstance(each, NORMS))
+    def refine(self, params: list[dict], model: nn.Module) -> None:
+        """Set the learning rate of each parameter's layer, and no weight decay for norms and the like."""
+        backbone = getattr(model, 'backbone', model)
+        backbone_prefix = '' if backbone is model else 'backbone.'
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        norms = (each for each in model.modules() if isinstance(each, NORMS))
         norm_parameters = {parameter for norm in norms for parameter in norm.parameters(recurse=False)}
-        merged = {}
         for group in params:
             (parameter,) = group['params']
             name = names[parameter]
@@ -92,12 +100,3 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 layer, num_layers = backbone.get_layer_depth(name, backbone_prefix)
                 lr *= self.paramwise_cfg['decay_rate'] ** (num_layers - 1 - layer)
             group['lr'] = lr
-            alike = repr(sorted((key, value) for key, value in group.items() if key != 'params'))
-            merged.setdefault(alike, {**group, 'params': []})['params'].append(parameter)
-        params[:] = merged.values()
-        rates = [group['lr'] for group in params]
-        print_log(
-            f'Layer-wise decay over {type(backbone).__name__}: learning rates from {min(rates):.3g} to '
-            f'{max(rates):.3g} in {len(params)} groups.',
-            logger='current',
-        )

@@ -12,6 +12,7 @@ from mmengine.runner import Runner as _Runner
 from mmvig import reading
 from mmvig.engine import loading
 from mmvig.engine.checkpoint_hook import CheckpointHook
+from mmvig.engine.optim import renew_base_values
 from mmvig.engine.processes import StopSignal, tie_workers
 from mmvig.registry import RUNNERS
 
@@ -66,6 +67,7 @@ class Runner(_Runner):
             super().resume(filename, *args, **kwargs)
         finally:
             self._resuming = False
+        renew_base_values(self.param_schedulers or [])
 
     def build_logger(self, *args, **kwargs) -> MMLogger:
         """mmengine's; a log file that cannot be written ends the run, as its other files do."""
