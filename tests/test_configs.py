@@ -180,6 +180,13 @@ def test_checkpoints_and_batch_size(name):
         assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
 
 
+@pytest.mark.parametrize('path', sorted(FOLDER.glob('[a-z]*/*.py')), ids=lambda path: path.stem)
+def test_the_optimiser_takes_its_step_in_few_launches(path):
+    optim_wrapper = Config.fromfile(path).optim_wrapper
+    assert optim_wrapper.constructor == 'mmvig.OptimWrapperConstructor'
+    assert optim_wrapper.optimizer.fused
+
+
 @pytest.mark.parametrize('name', ['detection/maskrcnn_vigh_t.py', 'segmentation/upernet_vigh_t.py'])
 def test_norms_and_biases_are_not_decayed(name):
     cfg = load(name)
@@ -187,6 +194,7 @@ def test_norms_and_biases_are_not_decayed(name):
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
     decay = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
     assert len(decay) == len(list(model.parameters()))
+    assert len(optimizer.param_groups) == 2 and all(group['fused'] for group in optimizer.param_groups)
 
     norms = (nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
     seen = set()

@@ -11,7 +11,8 @@ param_scheduler = [
 ]
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
+    constructor='mmvig.OptimWrapperConstructor',  # few groups, one launch each
     paramwise_cfg=dict(
         flat_decay_mult=0.0,
         custom_keys=dict(relative_position_bias_table=dict(decay_mult=0.0)),  # Swin's

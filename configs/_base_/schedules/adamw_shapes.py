@@ -10,7 +10,8 @@ param_scheduler = [
 ]
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=5e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=5e-4, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
+    constructor='mmvig.OptimWrapperConstructor',  # few groups, one launch each
     paramwise_cfg=dict(flat_decay_mult=0.0),  # no decay on biases and norm weights, RMSNorm's too
     clip_grad=dict(max_norm=5.0),
 )
