@@ -297,6 +297,33 @@ def test_options_that_do_not_fit_the_config(tool, option, reason):
     assert reason in tool('train.py', MASK_RCNN, '--cfg-options', option)
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'value'),
+    [
+        ('it.py --amp', 'auto'),
+        ('--amp it.py', 'auto'),
+        ('--amp --resume auto it.py', 'auto'),
+        ('it.py --amp --work-dir here', 'auto'),
+        ('--amp fp16 it.py', 'fp16'),
+        ('it.py --amp bf16', 'bf16'),
+        ('it.py --amp=fp16', 'fp16'),
+        ('it.py --cfg-options a=1 --amp', 'auto'),
+        ('it.py', None),
+    ],
+)
+def test_a_config_is_no_value_of_amp(monkeypatch, arguments, value):
+    monkeypatch.setattr(sys, 'argv', ['train.py', *arguments.split()])
+    args = load('train.py').parse_args()
+    assert (args.config, args.amp) == ('it.py', value)
+
+
+def test_other_values_of_amp_are_refused_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--amp', 'fp32', 'it.py'])
+    with pytest.raises(SystemExit):
+        load('train.py').parse_args()
+    assert "invalid choice: 'fp32'" in capsys.readouterr().err
+
+
 def test_flags_that_the_config_cannot_serve(tool, tmp_path):
     (tmp_path / 'it.pth').touch()
     bare = tmp_path / 'bare.py'

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from mmengine.config import Config
-from mmengine.device import get_device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 from mmvig.engine import cli, errors, preflight, work_dir
+from mmvig.engine.amp import use_amp
 
 logger = logging.getLogger('mmvig.train')
 
@@ -27,33 +27,33 @@ def parse_args() -> argparse.Namespace:
         help='resume from this checkpoint, or, without a value or with `auto`, from the latest in '
         'the work dir (from the beginning where there is none)',
     )
-    parser.add_argument('--amp', action='store_true', help='mixed precision: float16, on a CPU bfloat16')
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        const='auto',
+        choices=['auto', 'bf16', 'fp16'],
+        help='mixed precision; without a value bfloat16 where the GPU computes in it, and on a CPU, else '
+        'float16 with a loss scaler',
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
         help='scale the learning rate by the batch size over auto_scale_lr.base_batch_size',
     )
     cli.add_shared_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(_with_value_of_amp(sys.argv[1:]))
     if args.resume == '':
         parser.error('--resume is empty: name a checkpoint, or give --resume alone for the latest')
     return args
 
 
-def use_amp(cfg: Config) -> None:
-    """Switch the config to mixed precision."""
-    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise preflight.SetupError(
-            f'--amp is for an OptimWrapper, and {cfg.filename} has {kind}: set its precision there'
-        )
-    if get_device() == 'cpu':
-        cfg.optim_wrapper.type = 'mmvig.engine.amp.CpuAmpOptimWrapper'
-        cfg.optim_wrapper.pop('loss_scale', None)
-        logger.info('--amp: there is no GPU, so this trains in bfloat16 instead of float16.')
-    elif kind == 'OptimWrapper':
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.loss_scale = 'dynamic'
+def _with_value_of_amp(arguments: list[str]) -> list[str]:
+    """Say --amp=auto where a config follows, which argparse would take for the value of --amp."""
+    after = [*arguments[1:], '']
+    return [
+        '--amp=auto' if each == '--amp' and Path(following).suffix in cli.CONFIG_SUFFIXES else each
+        for each, following in zip(arguments, after, strict=True)
+    ]
 
 
 def use_auto_scale_lr(cfg: Config) -> None:
@@ -82,7 +82,7 @@ def main() -> None:
         args = parse_args()
         cfg = cli.load_config(args)
         if args.amp:
-            use_amp(cfg)
+            use_amp(cfg, args.amp)
         if args.auto_scale_lr:
             use_auto_scale_lr(cfg)
         auto = args.resume == 'auto' or (cfg.get('resume') and not (args.resume or cfg.get('load_from')))

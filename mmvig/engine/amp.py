@@ -1,11 +1,22 @@
-"""Mixed precision where mmengine's own optimiser wrapper refuses to run."""
+"""Mixed precision: which, and where mmengine's own optimiser wrapper refuses to run."""
 
+import importlib.util
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 
 import torch
+from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.optim import OptimWrapper
 from torch import nn
+
+from mmvig.engine.preflight import SetupError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16'}
 
 
 class CpuAmpOptimWrapper(OptimWrapper):
@@ -20,3 +31,57 @@ class CpuAmpOptimWrapper(OptimWrapper):
         """Autocast around the forward pass, within OptimWrapper's own context."""
         with super().optim_context(model), torch.autocast('cpu', dtype=torch.bfloat16):
             yield
+
+
+def use_amp(cfg: Config, wanted: str = 'auto') -> None:
+    """Switch a config to mixed precision, and log which and why.
+
+    bfloat16 needs no loss scaler, so no step waits for the GPU to learn whether gradients are finite.
+
+    Args:
+        cfg: changed in place, in ``optim_wrapper``.
+        wanted: 'bf16', 'fp16', or 'auto': what an AmpOptimWrapper in the config says, else bfloat16 where
+            the GPU computes in it, and on a CPU, else float16 with a dynamic loss scale.
+
+    Raises:
+        SetupError: The config's wrapper is of another type, or float16 is wanted on a CPU.
+    """
+    options = cfg.optim_wrapper
+    kind = options.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise SetupError(
+            f'--amp is for an OptimWrapper, and {cfg.filename} has {kind}: set its precision there'
+        )
+    on_cpu = get_device() == 'cpu'
+    if on_cpu and wanted == 'fp16':
+        raise SetupError('--amp fp16 needs a GPU, and there is none: take --amp bf16')
+    if wanted == 'auto' and kind == 'AmpOptimWrapper' and not on_cpu:
+        logger.info('--amp: %s, as the config has it.', options.get('dtype') or 'float16')
+        return
+    if wanted != 'auto':
+        chosen, why = wanted, 'as asked for'
+    elif on_cpu:
+        chosen, why = 'bf16', 'there is no GPU'
+    elif not torch.cuda.is_bf16_supported(including_emulation=False):
+        chosen, why = 'fp16', 'this GPU does not compute in bfloat16'
+    elif cfg.get('default_scope') == 'mmdet' and _mmcv_is_compiled():
+        chosen, why = 'fp16', "mmcv's compiled operators do not take bfloat16"
+    else:
+        chosen, why = 'bf16', 'this GPU computes in it, and it needs no loss scaler'
+    logger.info('--amp: %s, %s.', DTYPES[chosen], why)
+    options.pop('dtype', None)
+    options.pop('loss_scale', None)
+    if on_cpu:
+        options.type = f'{__name__}.{CpuAmpOptimWrapper.__name__}'
+    else:
+        scale = {'enabled': False} if chosen == 'bf16' else 'dynamic'
+        options.update(type='AmpOptimWrapper', dtype=DTYPES[chosen], loss_scale=scale)
+
+
+def _mmcv_is_compiled() -> bool:
+    """Whether mmcv has its own RoIAlign and the like, which it builds for float32, float64 and float16."""
+    mmcv = importlib.util.find_spec('mmcv')
+    # Looked up in mmcv's folder, since find_spec('mmcv._ext') would import all of mmcv.
+    return (
+        mmcv is not None and PathFinder.find_spec('mmcv._ext', mmcv.submodule_search_locations) is not None
+    )

@@ -22,6 +22,7 @@ from mmvig.engine.preflight import SetupError, local_rank
 
 logger = logging.getLogger(__name__)
 
+CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 # What each launcher tells its processes, of which mmengine reads all.
 _LAUNCHERS = {
     'none': (),
@@ -140,7 +141,7 @@ def read_config_file(path: str) -> Config:
             f'config is missing: expected at {Path(path).absolute()}; '
             "the project's own are in its folder configs/"
         )
-    if Path(path).suffix not in ('.py', '.json', '.yaml', '.yml'):
+    if Path(path).suffix not in CONFIG_SUFFIXES:
         raise SetupError(f'{path} is no config file: it must end in .py, .json, .yaml or .yml')
     try:
         return Config.fromfile(path)

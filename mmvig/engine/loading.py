@@ -98,6 +98,9 @@ def to_resume_from(content: object, name: str) -> dict:
         )
     if isinstance(content.get('ema_state_dict'), Mapping):
         checkpoints.check_state_dict(content['ema_state_dict'], name)
+    if content['optimizer'].get('loss_scaler') == {}:  # of bfloat16, which has none: float16's starts anew
+        optimizer = {key: value for key, value in content['optimizer'].items() if key != 'loss_scaler'}
+        content = {**content, 'optimizer': optimizer}
     return content
 
 
