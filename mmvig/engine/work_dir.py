@@ -56,12 +56,14 @@ def taken(cfg: Config) -> Iterator[None]:
             _remove_parts(_folder(cfg), folder)
         try:
             yield
-        except OSError as error:
-            if error.errno not in _FULL:
+        except (OSError, SetupError) as error:
+            known = isinstance(error, SetupError)  # of write_whole, which names the file
+            cause = error.__cause__ if known else error
+            if getattr(cause, 'errno', None) not in _FULL:
                 raise
+            what = error if known else f'{error.filename or folder} cannot be written: {error.strerror}'
             raise SetupError(
-                f'{error.filename or folder} cannot be written: {error.strerror}; the checkpoints in '
-                f'{folder} are whole: make room, then continue with --resume'
+                f'{what}; the checkpoints in {folder} are whole: make room, then continue with --resume'
             ) from error
 
 

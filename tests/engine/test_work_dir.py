@@ -10,7 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmvig.engine import work_dir
+from mmvig.engine import files, work_dir
 from mmvig.engine.preflight import SetupError
 
 
@@ -157,8 +157,16 @@ def test_a_work_dir_that_cannot_be_made(tmp_path, place):
         pass
 
 
-def test_a_full_disk(tmp_path):
-    said = pytest.raises(SetupError, match='No space left on device; the checkpoints in')
-    with said, work_dir.taken(config(tmp_path)), open('/dev/full', 'w') as file:
+def test_a_full_disk(tmp_path, monkeypatch):
+    said = 'No space left on device; the checkpoints in .* make room'
+    full = pytest.raises(SetupError, match=said)
+    with full, work_dir.taken(config(tmp_path)), open('/dev/full', 'w') as file:
         file.write('x')
         file.flush()
+
+    def fsync(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, 'fsync', fsync)
+    with pytest.raises(SetupError, match=f'iter_1.pth.*{said}'), work_dir.taken(config(tmp_path)):
+        files.write_whole(tmp_path / 'iter_1.pth', b'x')

@@ -23,6 +23,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 import numpy as np
@@ -118,6 +119,10 @@ class Aim:
     number: int
     share: float  # of the bytes that are written by then
 
+    def take(self) -> None:
+        """Let this process kill itself there."""
+        _take_aim(self)
+
 
 def write_data(folder: Path) -> None:
     """Make the shapes, and a folder of two classes of small noisy images."""
@@ -186,7 +191,7 @@ def _train(words: list[str], cwd: str, outputs: list[str], aim: Aim | None) -> N
     mock.patch('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, False)).start()
     mock.patch('mmengine.runner.runner.collect_env', dict).start()
     if aim is not None:
-        _take_aim(aim)
+        aim.take()
     sys.argv = words
     sys.path.insert(0, str(Path(words[0]).parent))
     runpy.run_path(words[0], run_name='__main__')
@@ -459,6 +464,14 @@ class Harness:
                 self.rows.append((kind, f'number {number}', str(failed)))
             print(*self.rows[-1], sep=' | ', flush=True)
 
+    def report(self) -> NoReturn:
+        """Print how many of each kind lost nothing; exit with 1 if any lost something."""
+        print('| kind | runs | lost nothing |\n|---|---|---|')
+        for kind in dict.fromkeys(row[0] for row in self.rows):
+            failures = [row[2] for row in self.rows if row[0] == kind]
+            print(f'| {kind.replace("_", " ")} | {len(failures)} | {failures.count("")} |')
+        sys.exit(any(row[2] for row in self.rows))
+
 
 def main() -> None:
     """Run as many as the command line asks for; print a table."""
@@ -478,11 +491,7 @@ def main() -> None:
         counts |= {'killed_and_broken': args.broken, 'stopped_by_sigterm': args.stopped}
         for kind, count in counts.items():
             harness.many(kind, count)
-    print('| kind | runs | lost nothing |\n|---|---|---|')
-    for kind in dict.fromkeys(row[0] for row in harness.rows):
-        failures = [row[2] for row in harness.rows if row[0] == kind]
-        print(f'| {kind.replace("_", " ")} | {len(failures)} | {failures.count("")} |')
-    sys.exit(any(row[2] for row in harness.rows))
+    harness.report()
 
 
 if __name__ == '__main__':
