@@ -23,6 +23,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from mmengine.structures import PixelData
+from mmengine.utils.dl_utils import is_norm
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
 from programs import run_tool
@@ -471,6 +472,20 @@ def test_mmpretrain_trains_a_block_and_rebuilds_it_by_itself(tmp_path, image, mo
     np.testing.assert_allclose(prediction['pred_scores'], scores[0].pred_score, atol=1e-5)
     assert prediction['pred_label'] == scores[0].pred_label.item()
     assert isinstance(prediction['pred_class'], str)
+
+
+@pytest.mark.parametrize('kind, layer', [('ViGH', 'norm3'), ('ViG', 'norm11')])
+def test_the_target_layers_of_cam_scripts_give_maps(kind, layer):
+    assert f'`backbone.{layer}`' in PAGE
+    backbone = MODELS.build(dict(type=f'mmvig.{kind}', arch='tiny')).eval()
+    norms = [module for module in backbone.modules() if is_norm(module)]
+    if kind == 'ViGH':  # mmpretrain/vis_cam takes the last by itself
+        assert norms[-1] is backbone.get_submodule(layer)
+    seen = []
+    backbone.get_submodule(layer).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, *SIZE))
+    assert torch.equal(seen[0], maps[-1])
 
 
 class Hostile:

@@ -58,7 +58,7 @@ SCRIPTS = {
     'mmseg': """
         train config.py --work-dir run
         test config.py run/iter_2.pth --out results
-        analysis_tools/analyze_logs LOG --keys loss --out curve.png --style ggplot
+        analysis_tools/analyze_logs LOG --keys loss --out curve.png --style whitegrid
         analysis_tools/benchmark config.py run/iter_2.pth --log-interval 1
         analysis_tools/browse_dataset config.py --output-dir browsed --not-show
         analysis_tools/confusion_matrix config.py results confusion
@@ -75,7 +75,7 @@ SCRIPTS = {
         train config.py --work-dir run
         test config.py run/epoch_1.pth --out results.pkl
         kfold-cross-valid config.py --num-splits 2 --fold 0 --work-dir folds
-        analysis_tools/analyze_logs plot_curve LOG --keys loss --out curve.png --style ggplot
+        analysis_tools/analyze_logs plot_curve LOG --keys loss --out curve.png --style whitegrid
         analysis_tools/analyze_results config.py results.pkl --out-dir analysed --topk 1
         analysis_tools/confusion_matrix config.py results.pkl --out confusion.pkl
         analysis_tools/eval_metric results.pkl --metric type=Accuracy
@@ -90,7 +90,7 @@ SCRIPTS = {
         visualization/vis_cam image.png config.py run/epoch_1.pth --save-path cam.png \
 --target-layers backbone.norm3
         visualization/vis_scheduler config.py --not-show --save-path schedule.png --dataset-size 8
-        visualization/vis_tsne config.py --checkpoint run/epoch_1.pth --device cpu --max-num-class 4 \
+        visualization/vis_tsne ./config.py --checkpoint run/epoch_1.pth --device cpu --max-num-class 4 \
 --perplexity 2 --n-iter 250
     """,
 }
@@ -215,7 +215,7 @@ def lines_of(package: str) -> list[str]:
 
 
 def survey(folder: Path, only: str) -> dict[str, tuple[str, str]]:
-    """Run all with ViG-H, and what fails with Swin too: what went wrong with each, by script."""
+    """Run all with ViG-H, and what fails with Swin too: what went wrong with each, by its line."""
     found = {}
     for package in SCRIPTS:
         ours, peer = (Work(folder, package, backbone) for backbone in BACKBONES)
@@ -223,9 +223,10 @@ def survey(folder: Path, only: str) -> dict[str, tuple[str, str]]:
             name = f'{package}/{line.split()[0]}'
             if only in name:
                 trouble = ours.run(line)
-                found[name] = trouble, trouble and peer.run(line)
-                verdict = 'runs' if not trouble else 'fails through itself' if found[name][1] else 'FAILS'
-                other = found[name][1] if found[name][1] != trouble else ''
+                peers = trouble and peer.run(line)
+                found[f'{package}/{line}'] = trouble, peers  # a script can have two lines
+                verdict = 'runs' if not trouble else 'fails through itself' if peers else 'FAILS'
+                other = peers if peers != trouble else ''
                 print(f'| {name} | {verdict} | {trouble} | {other} |', flush=True)
     return found
 
