@@ -17,6 +17,9 @@ MODELS = _root.Registry('model', parent=_root.MODELS, scope='mmvig', locations=[
 DATASETS = _root.Registry(
     'dataset', parent=_root.DATASETS, scope='mmvig', locations=['mmvig.datasets.registered']
 )
+TRANSFORMS = _root.Registry(
+    'transform', parent=_root.TRANSFORMS, scope='mmvig', locations=['mmvig.datasets.registered']
+)
 OPTIM_WRAPPER_CONSTRUCTORS = _root.Registry(
     'optimizer wrapper constructor',
     parent=_root.OPTIM_WRAPPER_CONSTRUCTORS,

@@ -253,7 +253,7 @@ def test_data_pipelines(name, shapes_root):
     if cfg.default_scope == 'mmdet':
         for image, sample in zip(batch['inputs'], samples, strict=True):
             truth = sample.gt_instances
-            assert image.shape[1:] == truth.masks.masks.shape[1:] == sample.img_shape
+            assert image.shape[1:] == (truth.masks.height, truth.masks.width) == sample.img_shape
             assert len(truth) and truth.labels.min() >= 0 and truth.labels.max() < 6
     else:
         labels = torch.cat([sample.gt_sem_seg.data.flatten() for sample in samples]).unique()

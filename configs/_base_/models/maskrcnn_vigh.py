@@ -9,6 +9,7 @@ model = dict(
         bgr_to_rgb=True,
         pad_mask=True,
         pad_size_divisor=32,
+        non_blocking=True,  # copies to the GPU do not wait for what it still computes
     ),
     backbone=dict(type='mmvig.ViGH', arch='tiny', drop_path_rate=0.2),
     neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=5),
