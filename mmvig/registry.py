@@ -27,3 +27,9 @@ OPTIM_WRAPPER_CONSTRUCTORS = _root.Registry(
     locations=['mmvig.engine.layer_decay', 'mmvig.engine.optim'],
 )
 RUNNERS = _root.Registry('runner', parent=_root.RUNNERS, scope='mmvig', locations=['mmvig.engine.runner'])
+HOOKS = _root.Registry(
+    'hook', parent=_root.HOOKS, scope='mmvig', locations=['mmvig.engine.cuda_graphs_hook']
+)
+TASK_UTILS = _root.Registry(
+    'task util', parent=_root.TASK_UTILS, scope='mmvig', locations=['mmvig.task_modules']
+)

@@ -6,7 +6,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor
 
 from mmvig import checkpoints
-from mmvig.backbones.graphs import Graphs
+from mmvig.cuda_graphs import CudaGraphs
 
 
 class Backbone(BaseModule):
@@ -63,7 +63,7 @@ class Backbone(BaseModule):
         if type(frozen_stages) is not int or not -1 <= frozen_stages <= num_built:
             raise ValueError(f'frozen_stages must be in -1..{num_built}, got {frozen_stages!r}')
         self.frozen_stages = frozen_stages
-        self._graphs = Graphs(cuda_graphs, with_cp)
+        self.graphs = CudaGraphs(cuda_graphs, with_cp)
 
     def _parse_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
         indices = [out_indices] if type(out_indices) is int else out_indices

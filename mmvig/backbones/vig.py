@@ -73,7 +73,7 @@ class ViG(Backbone):
         frozen_stages: -1 freezes nothing, 0 the stem and the position embedding, i > 0 also the first i
             blocks with their output norms (no gradient, evaluation mode). Default: -1.
         with_cp: recompute each block in the backward pass to save memory. Default: False.
-        cuda_graphs: which inputs to run as CUDA graphs (:mod:`mmvig.backbones.graphs`). 'auto': of a shape
+        cuda_graphs: which inputs to run as CUDA graphs (:mod:`mmvig.cuda_graphs`). 'auto': of a shape
             that comes several times in a row. A number: of that many shapes; with_cp takes none.
             Default: 'auto'.
         backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; all else in a block is on fused kernels with
@@ -168,7 +168,7 @@ class ViG(Backbone):
             ValueError: x is not a batch of images with ``in_channels`` channels, or they are too small.
         """
         self._check(x)
-        return self._graphs.run(self, x)
+        return self.graphs.run(self, self._compute, x)
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x.permute(0, 2, 3, 1))

@@ -1,17 +1,22 @@
 """cuda_graphs: its checks on a CPU; replays give what eager calls do on a GPU (pytest -m gpu)."""
 
 import copy
+import gc
 import pickle
+import random
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mmvig.backbones import ViG, ViGH, graphs
-from mmvig.backbones.graphs import CALLS, CALLS_IN_A_ROW, WORTH
+from mmvig import cuda_graphs
+from mmvig.backbones import ViG, ViGH
+from mmvig.cuda_graphs import AGE, CALLS, WORTH, CudaGraphs
+from mmvig.engine.cuda_graphs_hook import CudaGraphsHook, summary
 
 ARCHS = {
     ViGH: {'embed_dims': 32, 'depths': [1, 1, 1, 1], 'num_heads': [1, 2, 4, 8]},
@@ -99,12 +104,12 @@ def test_bad_numbers_are_named(family, value):
 def test_recomputed_blocks_are_refused(family):
     with pytest.raises(ValueError, match='cuda_graphs and with_cp exclude each other'):
         make(family, with_cp=True, device='cpu')
-    assert make(family, 'auto', with_cp=True, device='cpu')._graphs.limit == 0
+    assert make(family, 'auto', with_cp=True, device='cpu').graphs.limit == 0
 
 
 @every_family
 def test_auto_is_the_default(family):
-    assert family(ARCHS[family])._graphs.limit == 'auto'
+    assert family(ARCHS[family]).graphs.limit == 'auto'
 
 
 @every_family
@@ -171,29 +176,34 @@ def test_compiled_steps(family, mode):
 
 def assert_copies_start_without(model, x):
     del model._compute  # cannot be pickled
-    assert model._graphs._graphs and '_graphs' not in model.state_dict()
+    assert model.graphs._graphs and 'graphs' not in model.state_dict()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin._graphs.limit == 1 and not twin._graphs._graphs
+        assert twin.graphs.limit == 1 and not twin.graphs._graphs
         assert_same(infer(twin, x), infer(model, x))
 
 
 def test_copies_start_without_graphs():
     model = make(device='cpu')
-    model._graphs._graphs['kind'] = lambda: None  # cannot be pickled either
+    model.graphs._graphs['kind'] = lambda: None  # cannot be pickled either
     assert_copies_start_without(model, images(device='cpu'))
 
 
 class FakeGraph:
     """A graph that computes as without one, and counts."""
 
-    def __init__(self, backbone, x, state):
-        self.state, self.size, self.replays, self.is_refused = state, 1, 0, False
+    def __init__(self, module, call, inputs, tensors, state, pool):
+        self.state, self.pool, self.replays, self.is_refused = state, pool, 0, False
+
+    def __call__(self, module, call, tensors):
+        return call(*tensors)
+
+
+class FakePool:
+    def __init__(self, where, device):
+        self.where, self.size, self.needed = where, 1, False
 
     def is_needed(self):
-        return False
-
-    def __call__(self, backbone, x):
-        return backbone._compute(x)
+        return self.needed
 
 
 class Policy:
@@ -201,14 +211,16 @@ class Policy:
 
     def __init__(self, monkeypatch):
         self.has_room, self.fails = True, False
-        monkeypatch.setattr(graphs, '_is_plain', lambda x: True)
-        monkeypatch.setattr(graphs, '_kind_of', lambda model, x: (torch.is_grad_enabled(), x.shape))
-        monkeypatch.setattr(graphs, '_has_room', lambda device, held: self.has_room)
-        monkeypatch.setattr(graphs, '_Graph', self.make)
+        monkeypatch.setattr(cuda_graphs, '_is_plain', lambda x: True)
+        monkeypatch.setattr(
+            cuda_graphs, '_kind_of', lambda model, x: ('here', torch.is_grad_enabled(), x[0].shape)
+        )
+        monkeypatch.setattr(cuda_graphs, '_has_room', lambda device, pools: self.has_room)
+        monkeypatch.setattr(cuda_graphs, '_Graph', self.make)
+        monkeypatch.setattr(cuda_graphs, '_Pool', FakePool)
         self.model = torch.nn.Linear(1, 1)
         self.model.inner = torch.nn.Linear(1, 1)
-        self.model._compute = lambda x: (x,)
-        self.graphs = graphs.Graphs('auto')
+        self.graphs = CudaGraphs('auto')
 
     def make(self, *args):
         if self.fails:
@@ -216,14 +228,13 @@ class Policy:
         return FakeGraph(*args)
 
     def call(self, times, size=1):
-        """'e', 'c' or 'r' for each call."""
+        """'e', 'c' or 'r' for each call: the first letters of what it was counted as."""
         log = ''
         for _ in range(times):
-            before = {kind: graph.replays for kind, graph in self.graphs._graphs.items()}
-            self.graphs.run(self.model, torch.zeros(size))
-            now = self.graphs._graphs
-            kind = torch.is_grad_enabled(), torch.Size([size])
-            log += 'e' if kind not in now else 'c' if kind not in before else 'r'
+            before = self.graphs.counts.copy()
+            self.graphs.run(self.model, lambda x: (x,), torch.zeros(size))
+            ((_, outcome),) = self.graphs.counts - before
+            log += outcome[0]
         return log
 
 
@@ -232,72 +243,175 @@ def policy(monkeypatch):
     return Policy(monkeypatch)
 
 
-def test_auto_captures_what_comes_in_a_row(policy):
-    assert policy.call(CALLS_IN_A_ROW + 2) == 'e' * (CALLS_IN_A_ROW - 1) + 'crr'
-    for size in (2, 3) * CALLS_IN_A_ROW:
-        assert policy.call(1, size) == 'e'
-    assert policy.call(1) == 'r'  # the last batch of an epoch may be smaller
+def test_each_kind_is_captured_when_it_has_come_often_enough(policy):
+    assert policy.call(CALLS + 2) == 'e' * (CALLS - 1) + 'crr'
+    log = {size: '' for size in (2, 3, 4)}
+    for _ in range(CALLS + 1):
+        for size in log:
+            log[size] += policy.call(1, size)
+    assert set(log.values()) == {'e' * (CALLS - 1) + 'cr'}
     with torch.no_grad():  # validation has a graph of its own
-        assert policy.call(CALLS_IN_A_ROW, 4)[-1] == 'c'
+        assert policy.call(CALLS, 4)[-1] == 'c'
+    assert policy.call(1) == policy.call(1, 4) == 'r'
+    assert policy.graphs.counts[(4,), 'capture'] == 2
+    assert summary(policy.graphs) == '7 of 27 passes replayed, 5 captured, 15 eager; 4 sizes'
+    assert len({graph.pool for graph in policy.graphs._graphs.values()}) == 1
+
+
+def test_the_least_used_graph_makes_room_for_what_comes_twice_as_often(policy):
+    policy.graphs.limit = 2
+    policy.call(CALLS + WORTH)
+    policy.call(CALLS, 2)
+    assert policy.call(2 * CALLS, 3) == 'e' * (2 * CALLS - 1) + 'c'
     assert policy.call(1) == 'r' and len(policy.graphs._graphs) == 2
+    assert policy.call(1, 2) == 'e'
 
 
-def test_auto_replaces_a_graph(policy):
-    policy.call(CALLS_IN_A_ROW + WORTH)
-    assert policy.call(CALLS_IN_A_ROW, 2)[-2:] == 'ec' and len(policy.graphs._graphs) == 1
+def test_kinds_wait_longer_after_a_capture_in_vain(policy):
+    policy.graphs.limit = 1
+    policy.call(CALLS)
+    assert policy.call(2 * CALLS, 2)[-1] == 'c'
+    policy.model.inner.weight.requires_grad_(False)
+    assert policy.call(4 * CALLS, 2) == 'e' * (4 * CALLS - 1) + 'c'
 
 
-def test_auto_waits_longer_after_a_capture_in_vain(policy):
-    policy.call(CALLS_IN_A_ROW)
-    assert policy.call(CALLS_IN_A_ROW, 2)[-1] == 'c'
-    assert policy.call(2 * CALLS_IN_A_ROW, 3) == 'e' * (2 * CALLS_IN_A_ROW - 1) + 'c'
+def test_old_passes_count_less(policy, monkeypatch):
+    policy.graphs.limit = 1
+    monkeypatch.setattr(cuda_graphs, 'AGE', 8)
+    policy.call(4 * CALLS)
+    assert AGE > 1000
+    assert 'c' in policy.call(4 * CALLS, 2)
 
 
-def test_auto_gives_memory_back(policy):
-    policy.call(CALLS_IN_A_ROW)
+def test_memory_that_is_short_is_given_back(policy):
+    policy.call(CALLS)
     policy.has_room = False
     assert policy.call(1, 2) == 'e' and not policy.graphs._graphs
 
 
-def test_auto_sees_changes(policy):
-    policy.call(CALLS_IN_A_ROW + 1)
-    policy.model.inner.weight.requires_grad_(False)
+def test_a_pass_before_the_last_ones_backward_pass_is_eager(policy):
+    policy.call(CALLS)
+    (graph,) = policy.graphs._graphs.values()
+    graph.pool.needed = True
     assert policy.call(1) == 'e'
+    assert policy.call(CALLS, 2) == 'e' * CALLS
+    graph.pool.needed = False
+    assert policy.call(1) == 'r'
+    assert policy.call(1, 2) == 'c'
+
+
+def hook_into(policy):
     policy.model.inner.register_forward_hook(lambda *_: None)
-    assert policy.call(5 * CALLS_IN_A_ROW) == 'e' * 5 * CALLS_IN_A_ROW
+
+
+def set_forward(policy):
+    policy.model.inner.forward = lambda x: x
+
+
+@pytest.mark.parametrize('change', [hook_into, set_forward])
+def test_submodules_that_do_more_than_their_class_are_seen(policy, change):
+    policy.call(CALLS + 1)
+    change(policy)
+    assert policy.call(20 * CALLS) == 'e' * 20 * CALLS
+
+
+def changes(model):
+    """What may change in a module, one after the other."""
+    yield model.inner.weight.requires_grad_(False)
+    yield model.inner.eval()
+    yield setattr(model.inner, 'rate', 0.5)
+    yield setattr(model, 'inner', copy.deepcopy(model.inner))
+    yield setattr(model.inner, 'bias', None)
+    yield setattr(model.inner.weight, 'data', model.inner.weight.data.clone())
+    yield model.inner.register_buffer('mean', torch.zeros(1))
+    yield model.add_module('other', torch.nn.Identity())
+
+
+def test_changes_are_seen(policy):
+    for _ in changes(policy.model):
+        policy.graphs._patience = CALLS
+        policy.call(2 * CALLS + 1)
+        assert policy.call(1) == 'r'
+
+
+def test_each_change_ends_a_state(policy):
+    state = cuda_graphs._State.of(policy.model)
+    for _ in changes(policy.model):
+        assert not state.holds()
+        state = cuda_graphs._State.of(policy.model)
+        assert state.holds()
+
+
+def hooked(model, **options):
+    logged = []
+    runner = SimpleNamespace(model=model, logger=SimpleNamespace(info=logged.append))
+    hook = CudaGraphsHook(**options)
+    hook.before_run(runner)
+    return lambda: [hook.after_run(runner), logged][1]
+
+
+def test_the_hook_wraps_modules_and_logs_what_became_of_them(policy):
+    model = torch.nn.ModuleDict({'neck': torch.nn.Linear(4, 4), 'head': torch.nn.Identity()})
+    logged = hooked(model, modules=['neck'])
+    for _ in range(CALLS + 2):
+        model['neck'](torch.zeros(2, 4))
+    expected = (
+        f'CUDA graphs of neck: 2 of {CALLS + 2} passes replayed, 1 captured, {CALLS - 1} eager; 1 sizes'
+    )
+    assert logged() == [expected]
+    assert isinstance(copy.deepcopy(model)['neck'].forward.graphs, CudaGraphs)
+
+
+@pytest.mark.parametrize(
+    'modules, message', [(['nose'], "no module 'nose'; it has 0"), (['0'], 'has buffers')]
+)
+def test_the_hook_names_modules_that_it_cannot_wrap(modules, message):
+    with pytest.raises(ValueError, match=message):
+        hooked(torch.nn.Sequential(torch.nn.BatchNorm2d(1)), modules=modules)
 
 
 def test_auto_goes_on_without_where_a_capture_fails(policy, caplog):
     policy.fails = True
-    assert policy.call(2 * CALLS_IN_A_ROW) == 'e' * 2 * CALLS_IN_A_ROW
+    assert policy.call(CALLS) == 'e' * CALLS
     assert policy.graphs.limit == 0
 
 
-def test_auto_leaves_distributed_training_alone(policy, monkeypatch):
-    monkeypatch.setattr(graphs, '_is_distributed', lambda: True)
-    assert policy.call(2 * CALLS_IN_A_ROW) == 'e' * 2 * CALLS_IN_A_ROW
+def test_a_number_of_graphs_fails_loudly(policy):
+    policy.fails, policy.graphs.limit = True, 1
+    policy.call(CALLS - 1)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        policy.call(1)
+
+
+def test_nested_tensors_keep_their_nesting():
+    tensors = [torch.zeros(i) for i in range(1, 4)]
+    nested = ([tensors[0], tensors[1]], tensors[2])
+    assert list(cuda_graphs._tensors(nested)) == tensors
+    rebuilt = cuda_graphs._rebuilt(nested, iter(tensors[::-1]))
+    assert rebuilt == ([tensors[2], tensors[1]], tensors[0])
+    assert list(cuda_graphs._tensors((tensors[0], {'a': 1}))) == [tensors[0], None]
 
 
 def test_precisions_are_read_by_the_interface_in_use():
     """In a process of its own, as the newer settings forbid reading the older ones for good."""
     code = """
 import torch
-from mmvig.backbones import graphs
-before = graphs._precisions()
+from mmvig import cuda_graphs
+before = cuda_graphs._precisions()
 if hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
     torch.backends.cudnn.conv.fp32_precision = 'ieee'
     torch.backends.cuda.matmul.fp32_precision = 'tf32'
 else:
     torch.backends.cuda.matmul.allow_tf32 = True
-assert graphs._precisions() != before
+assert cuda_graphs._precisions() != before
 """
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_refused_kinds_stay_without(policy):
-    policy.call(CALLS_IN_A_ROW)
+    policy.call(CALLS)
     next(iter(policy.graphs._graphs.values())).is_refused = True
-    assert policy.call(2 * CALLS_IN_A_ROW) == 'e' * 2 * CALLS_IN_A_ROW
+    assert policy.call(2 * CALLS) == 'e' * 2 * CALLS
 
 
 # On a GPU from here on.
@@ -470,7 +584,7 @@ def test_changed_parameters_are_seen(change, deterministic):
     warm(model, images())
     change(model)
     change(plain)
-    for seed in range(CALLS + 1):
+    for seed in range(2 * CALLS + 1):
         assert_same(train_step(model, images(seed)), train_step(plain, images(seed)))
         assert_same(gradients(model), gradients(plain))
     model.calls.clear()
@@ -636,9 +750,9 @@ def test_auto_trains_as_eager(dtype, deterministic):
     for each in (model, plain):
         torch.manual_seed(7)
         maps = []
-        for step in range(CALLS_IN_A_ROW + 4):
+        for step in range(CALLS + 4):
             maps += train_step(each, images(step), dtype)
-            if step == CALLS_IN_A_ROW:
+            if step == CALLS:
                 each.calls.clear()
                 maps += train_step(each, images(batch=1), dtype)
                 maps += infer(each, images(side=96))
@@ -652,7 +766,7 @@ def test_auto_trains_as_eager(dtype, deterministic):
 @pytest.mark.parametrize('mode', ['checkpoint', 'anomaly'])
 def test_auto_runs_eagerly_where_passes_are_watched(mode):
     model = make(cuda_graphs='auto')
-    warm(model, images(), calls=CALLS_IN_A_ROW + 1)
+    warm(model, images(), calls=CALLS + 1)
     if mode == 'checkpoint':
         maps = torch.utils.checkpoint.checkpoint(model, images().requires_grad_(), use_reentrant=False)
         loss_of(maps).backward()
@@ -666,7 +780,7 @@ def test_auto_runs_eagerly_where_passes_are_watched(mode):
 @gpu
 def test_auto_in_other_threads_and_streams():
     model, plain = make(cuda_graphs='auto').eval(), make(cuda_graphs=0).eval()
-    warm(model, images(), infer, CALLS_IN_A_ROW + 1)
+    warm(model, images(), infer, CALLS + 1)
     results = {}
 
     def work(i):
@@ -691,10 +805,10 @@ def test_auto_goes_on_after_a_capture_that_fails(deterministic):
     model, plain = make(cuda_graphs='auto'), make(cuda_graphs=0)
     compute = model._compute
     model._compute = lambda x: [compute(x), x.sum().item()][0]
-    for step in range(CALLS_IN_A_ROW + 2):
+    for step in range(CALLS + 2):
         assert_same(train_step(model, images(step)), train_step(plain, images(step)))
         assert_same(gradients(model), gradients(plain))
-    assert model._graphs.limit == 0
+    assert model.graphs.limit == 0
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
@@ -728,6 +842,17 @@ def test_captures_while_another_thread_pins_memory():
     assert pinned and not model.calls
 
 
+def pool_of(model):
+    (pool,) = model.graphs._pools()
+    return pool
+
+
+def reserved():
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
 @gpu
 def test_memory_is_freed():
     model = make(cuda_graphs=2)
@@ -735,9 +860,78 @@ def test_memory_is_freed():
     for _ in range(CALLS):
         train_step(model, images())
         infer(model, images())
-    assert len(model._graphs._graphs) == 2
-    model.zero_grad()
-    before = torch.cuda.memory_allocated()
-    size = sum(p.nbytes for p in model.parameters())
+    assert len(model.graphs._graphs) == 2
+    before, size = reserved(), pool_of(model).size
     del model
-    assert torch.cuda.memory_allocated() <= before - 2 * size  # the parameters and the graphs' gradients
+    assert size and reserved() <= before - size
+
+
+SIDES = (160, 64, 128, 96)
+
+
+@gpu
+def test_many_sizes_share_the_memory_of_the_largest(deterministic):
+    model, plain, alone = make(cuda_graphs='auto'), make(cuda_graphs=0), make()
+    warm(alone, images(side=max(SIDES)))
+    order = random.Random(0).sample(SIDES * 2 * CALLS, 2 * CALLS * len(SIDES))
+    for step, side in enumerate(order):
+        x = images(step, side=side)
+        assert_same(train_step(model, x), train_step(plain, x))
+        assert_same(gradients(model), gradients(plain))
+        assert_same(infer(model, x), infer(plain, x))
+        change_weights(model)
+        change_weights(plain)
+    outcomes = model.graphs.outcomes()
+    assert outcomes['capture'] == 2 * len(SIDES)
+    assert outcomes['replay'] == 2 * (len(order) - CALLS * len(SIDES))
+    assert pool_of(model).size <= 1.5 * pool_of(alone).size
+
+
+@gpu
+def test_graphs_outlive_those_that_are_dropped(deterministic):
+    """The memory that those had, and cuBLAS's, may be anybody's."""
+    model, plain = make(cuda_graphs=2), make(cuda_graphs=0)
+    for side, calls in ((160, CALLS), (64, 3 * CALLS), (96, 2 * CALLS)):
+        warm(model, images(side=side), calls=calls)
+    assert {kind[2][0][-1] for kind in model.graphs._graphs} == {64, 96}
+    for seed in range(3):
+        reserved()
+        full = [torch.full((2**n,), torch.nan, device=DEVICE) for n in range(4, 28) for _ in range(4)]
+        for side in (64, 96):
+            x = images(seed, side=side)
+            assert_same(train_step(model, x), train_step(plain, x))
+            assert_same(gradients(model), gradients(plain))
+        del full
+    assert not model.calls
+
+
+class Head(torch.nn.Module):
+    """Takes and returns nested maps, as necks and heads do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, maps):
+        return tuple(self.conv(x) for x in maps), [[self.conv(x).relu()] for x in maps]
+
+
+@gpu
+def test_nested_inputs_and_outputs(deterministic):
+    torch.manual_seed(0)
+    plain = Head().to(DEVICE)
+    head = copy.deepcopy(plain)
+    hooked(torch.nn.ModuleDict({'head': head}), modules=['head'])
+    for step in range(2 * CALLS):
+        results = []
+        for each in (head, plain):
+            maps = [images(step, side=side).mean(1, keepdim=True).repeat(1, 8, 1, 1) for side in (16, 8)]
+            maps = [x.requires_grad_() for x in maps]
+            first, second = each(maps)
+            assert type(first) is tuple and type(second) is list and type(second[0]) is list
+            outputs = [*first, *(y for (y,) in second)]
+            loss_of(outputs).backward()
+            results.append([*outputs, *(x.grad for x in maps), *gradients(each)])
+            each.zero_grad()
+        assert_same(*results)
+    assert head.forward.graphs.outcomes()['replay'] == CALLS

@@ -1,0 +1,555 @@
+"""A module's passes as CUDA graphs, which the host launches at once instead of kernel by kernel.
+
+Not by ``torch.cuda.make_graphed_callables``: it takes one size, the gradients that it returns are
+overwritten by the next replay, so that accumulated ones are wrong (pytorch/pytorch#181723), it cannot
+capture once DDP holds the parameters, and where it takes no ``capture_error_mode``, its captures fail if
+another thread pins memory.
+"""
+
+import functools
+import logging
+import operator
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mmvig.ops.choice import (
+    PLAIN_TENSORS,
+    has_global_hooks,
+    has_hooks,
+    has_own_forward,
+    is_watched,
+)
+
+CALLS = 4  # the call with a kind of input that captures: by then, more are likely
+MOST_CALLS = 64  # the same after captures in vain
+WORTH = 50  # replays for which a capture was worth its time
+MOST = 64  # graphs that 'auto' holds
+AGE = 4096  # passes after which earlier ones count half
+_capturing = threading.Lock()
+
+
+class CudaGraphs:
+    """The graphs of one module, one for each kind of input; a copied or unpickled one starts with none.
+
+    A kind is shape, dtype, training mode, whether gradients are recorded and inputs get one, autocast's
+    dtype, PyTorch's settings of precision, and thread and stream. A kind is captured when it comes for the
+    :data:`CALLS`-th time, and replayed from then on. All graphs of a thread and stream share one pool of
+    memory, as large as the largest needs. If there are as many as there may be, the one that is used least
+    goes, once another kind comes twice as often. Where captures turn out to be in vain, kinds must come
+    more often. With 'auto', all graphs go while memory is short, and there are none from a capture on that
+    fails, which is logged. Any other call runs as without graphs, and so does
+
+    - one before the backward pass of the last replay, unless the outputs of that are gone;
+    - one with hooks on submodules or of saved tensors, in anomaly mode, on a CPU, in torch.compile, a
+      tracer, torch.func or another capture.
+
+    Where DropPath's rates have changed, or parameters have moved, been replaced or frozen, a graph is
+    dropped, and made anew after as many calls. Changed values are seen. DropPath draws as without graphs.
+    Outputs and gradients are the caller's own memory; gradients of all parameters are views of one buffer.
+    A second backward pass through the outputs of a replay, or one that does not use all of them, recomputes
+    them, and the kind gets no graph again. DDP sends the gradients of all parameters when the module's
+    backward pass is launched. FSDP's parameters are never captured.
+
+    Args:
+        limit: the most graphs, 0 for none, or 'auto' for as many as pay, :data:`MOST` at most.
+        with_cp: whether the module recomputes parts in the backward pass, which no graph can.
+
+    Attributes:
+        counts: how often each size of the first input was met: ``counts[size, outcome]`` with outcomes
+            'replay', 'capture' (which includes its first replay) and 'eager'.
+
+    Raises:
+        ValueError: the limit is neither 'auto' nor an int of at least 0, or is a number of graphs and
+            meets ``with_cp``.
+    """
+
+    def __init__(self, limit: int | str, with_cp: bool = False):
+        if limit != 'auto' and (type(limit) is not int or limit < 0):
+            raise ValueError(f"cuda_graphs must be 'auto' or an int of at least 0, got {limit!r}")
+        if limit == 'auto' and with_cp:
+            limit = 0
+        if limit and with_cp:
+            raise ValueError(
+                'cuda_graphs and with_cp exclude each other: blocks are not recomputed in a graph'
+            )
+        self.limit = limit
+        self.counts: Counter = Counter()
+        self._graphs: dict[tuple, _Graph] = {}
+        self._calls: Counter = Counter()  # by kind
+        self._patience = CALLS
+        self._age = 0
+        self._refused: set[tuple] = set()
+
+    def __reduce__(self):
+        return CudaGraphs, (self.limit,)
+
+    def outcomes(self) -> Counter:
+        """How many passes were a 'replay', a 'capture' and 'eager', of those that could have a graph."""
+        total: Counter = Counter()
+        for (_, outcome), count in self.counts.items():
+            total[outcome] += count
+        return total
+
+    def run(self, module: nn.Module, call: Callable, *inputs):
+        """``call(*inputs)``, replayed where that gives the same.
+
+        Args:
+            module: what ``call`` takes its parameters from.
+            call: a function of tensors alone, nested in tuples and lists, and of the module; so are its
+                outputs.
+            inputs: its arguments.
+        """
+        # The first two in this order: torch.compile must meet nothing else.
+        if not self.limit or torch.compiler.is_compiling():
+            return call(*inputs)
+        tensors = list(_tensors(inputs))
+        if not tensors or not all(map(_is_plain, tensors)):
+            return call(*inputs)
+        kind = _kind_of(module, tensors)
+        size = tuple(tensors[0].shape)
+        graph, outcome = self._graphs.get(kind), 'replay'
+        is_watched = graph is not None and graph.state.is_watched()
+        if graph is not None and not is_watched and (graph.is_refused or not graph.state.holds()):
+            self._drop(kind)
+            graph = None
+        self._count(kind)
+        if graph is None:
+            graph, outcome = self._capture(kind, module, call, inputs, tensors), 'capture'
+        if graph is None or is_watched or graph.pool.is_needed():
+            self.counts[size, 'eager'] += 1
+            return call(*inputs)
+        self.counts[size, outcome] += 1
+        graph.replays += 1
+        return graph(module, call, tensors)
+
+    def _count(self, kind: tuple) -> None:
+        self._calls[kind] += 1
+        self._age += 1
+        if self._age % AGE == 0:
+            self._calls = Counter({kind: count // 2 for kind, count in self._calls.items() if count > 1})
+
+    def _capture(
+        self, kind: tuple, module: nn.Module, call: Callable, inputs: tuple, tensors: list[Tensor]
+    ) -> '_Graph | None':
+        """A new graph, if it is time for one."""
+        if self.limit == 'auto' and self._graphs and not _has_room(tensors[0].device, self._pools()):
+            for other in list(self._graphs):
+                self._drop(other)
+            return None
+        if self._calls[kind] < self._patience or kind in self._refused:
+            return None
+        where = kind[0]
+        pool = next((pool for pool in self._pools() if pool.where == where), None)
+        if pool is not None and pool.is_needed():
+            return None
+        if len(self._graphs) >= (MOST if self.limit == 'auto' else self.limit):
+            least = min(self._graphs, key=self._calls.__getitem__)
+            if self._calls[kind] < 2 * self._calls[least]:
+                return None
+            calls = self._calls[least]
+            self._drop(least)
+            self._calls[least] = calls
+            pool = next((pool for pool in self._pools() if pool.where == where), None)
+        state = _State.of(module)
+        if state is None:
+            return None
+        try:
+            graph = _Graph(module, call, inputs, tensors, state, pool or _Pool(where, tensors[0].device))
+        except RuntimeError as error:  # as where memory is short; nobody asked for graphs
+            if self.limit != 'auto':
+                raise
+            self.limit = 0
+            self._graphs.clear()
+            message = f'cuda_graphs: none from here on, since a capture failed: {error}'
+            print_log(message, 'current', logging.WARNING)
+            return None
+        self._graphs[kind] = graph
+        return graph
+
+    def _drop(self, kind: tuple) -> None:
+        """Give up a graph; others take longer to come if it was of little use."""
+        graph = self._graphs.pop(kind)
+        self._calls[kind] = 0
+        self._patience = CALLS if graph.replays >= WORTH else min(2 * self._patience, MOST_CALLS)
+        if graph.is_refused:
+            self._refused.add(kind)
+
+    def _pools(self) -> set['_Pool']:
+        return {graph.pool for graph in self._graphs.values()}
+
+
+def _tensors(node) -> Iterator[Tensor | None]:
+    """The tensors of nested tuples and lists in order; None for anything else."""
+    if isinstance(node, Tensor):
+        yield node
+    elif type(node) in (tuple, list):
+        for each in node:
+            yield from _tensors(each)
+    else:
+        yield None
+
+
+def _rebuilt(node, tensors: Iterator[Tensor]):
+    """The same nesting with other tensors."""
+    if isinstance(node, Tensor):
+        return next(tensors)
+    return type(node)(_rebuilt(each, tensors) for each in node)
+
+
+def _is_plain(x: Tensor | None) -> bool:
+    if (
+        type(x) not in PLAIN_TENSORS
+        or not x.is_cuda
+        or not x.numel()
+        or is_watched()
+        or torch.cuda.is_current_stream_capturing()
+    ):
+        return False
+    return not torch.is_grad_enabled() or not (torch.is_anomaly_enabled() or _has_saved_tensors_hooks())
+
+
+def _has_saved_tensors_hooks() -> bool:
+    """As of activation checkpointing."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks('there are some'):
+            return False
+    except RuntimeError:
+        return True
+
+
+def _has_room(device: torch.device, pools: Iterable['_Pool']) -> bool:
+    """Whether passes without graphs find memory next to what graphs hold: twice as much as that."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused >= 2 * sum(pool.size for pool in pools)
+
+
+def _kind_of(module: nn.Module, tensors: list[Tensor]) -> tuple:
+    """What decides which graph a call can replay, thread and stream first, whose graphs share a pool."""
+    cudnn = torch.backends.cudnn
+    return (
+        (threading.get_ident(), torch.cuda.current_stream(tensors[0].device).cuda_stream),
+        torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in tensors),
+        module.training, _autocast_dtype(),
+        torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic,
+        *_precisions(),
+    )  # fmt: skip
+
+
+def _precisions() -> tuple:
+    """Whether products and convolutions in float32 take TF32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, 'fp32_precision'):  # PyTorch then refuses to read the older flags once these are set
+        return matmul.fp32_precision, cudnn.conv.fp32_precision
+    return matmul.allow_tf32, cudnn.allow_tf32
+
+
+def _autocast_dtype() -> torch.dtype | None:
+    return torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
+
+
+class _State:
+    """What a graph holds of a module: its submodules, and where parameters and buffers are."""
+
+    def __init__(self, module: nn.Module):
+        modules = list(module.modules())
+        # Its own hooks and forward are outside of the graph, and holding it would make a cycle.
+        self.inner = [each.__dict__ for each in modules[1:]]
+        self.hooks = [
+            hooks
+            for each in modules[1:]
+            for hooks in (
+                each._forward_hooks,
+                each._forward_pre_hooks,
+                each._backward_hooks,
+                each._backward_pre_hooks,
+            )
+        ]
+        self.children = [each._modules for each in modules]
+        self.owners = [owner for each in modules for owner in (each._parameters, each._buffers)]
+        self.objects = self._objects()
+        self.tensors = [x for x in self.objects if isinstance(x, Tensor)]
+        self.values = self._values()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> '_State | None':
+        """A module's state.
+
+        None if a replay would miss something: hooks of submodules or a ``forward`` of their own, subclasses
+        of Tensor, or parameters that are elsewhere, as FSDP's.
+        """
+        inner = list(module.modules())[1:]
+        if has_global_hooks() or any(has_hooks(each) or has_own_forward(each) for each in inner):
+            return None
+        state = cls(module)
+        if not any(state.owners) or not all(type(x) in PLAIN_TENSORS for x in state.tensors):
+            return None
+        return state
+
+    def _objects(self) -> list:
+        return [each for owner in (*self.children, *self.owners) for each in owner.values()]
+
+    def _values(self) -> list:
+        return [
+            [(own['training'], own.get('rate'), own.get('eps')) for own in self.inner],
+            [x.data_ptr() for x in self.tensors],
+            [x.requires_grad for x in self.tensors],
+        ]
+
+    def is_watched(self) -> bool:
+        """Whether a submodule does more than its class now; asked at each replay, so without a walk."""
+        return any(self.hooks) or has_global_hooks() or any('forward' in own for own in self.inner)
+
+    def holds(self) -> bool:
+        """Whether it is still the module's; asked at each replay."""
+        objects = self._objects()
+        return (
+            len(objects) == len(self.objects)
+            and all(map(operator.is_, objects, self.objects))
+            and self._values() == self.values
+        )
+
+
+class _Pool:
+    """The memory of one thread's and stream's graphs, of which one is in use at a time."""
+
+    def __init__(self, where: tuple, device: torch.device):
+        self.where = where
+        self.handle = torch.cuda.graph_pool_handle()
+        # Its own: cuBLAS keeps a workspace for each stream, which captures then take from this pool.
+        self.stream = torch.cuda.Stream(device)
+        self.size = 0  # bytes that nothing else can use
+        self.node: weakref.ref | None = None
+
+    def is_needed(self) -> bool:
+        """Whether a backward pass may still come that needs what the last forward pass has left."""
+        return self.node is not None and self.node() is not None
+
+
+class _Memory:
+    """A tensor's memory in a graph's pool, which holds it for as long as there is a graph.
+
+    The tensor itself must go: graphs that share a pool reuse what is free when they are captured.
+    """
+
+    def __init__(self, x: Tensor):
+        self.size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        self.__cuda_array_interface__ = {
+            'version': 3,
+            'typestr': '|u1',
+            'shape': (self.size * x.element_size(),),
+            'data': (x.data_ptr(), False),
+        }
+
+
+def _alias(x: Tensor) -> Tensor:
+    """The same memory as a tensor that does not own it."""
+    flat = torch.as_tensor(_Memory(x), device=x.device).view(x.dtype)
+    return flat.as_strided(x.shape, x.stride())
+
+
+class _Body(nn.Module):
+    """What is captured, as a module for ``torch.func.functional_call``."""
+
+    def __init__(self, module: nn.Module, call: Callable, inputs: tuple, dtype: torch.dtype | None):
+        super().__init__()
+        self.module = module
+        self.call = call
+        self.inputs = inputs
+        self.dtype = dtype
+
+    def forward(self, *tensors: Tensor):
+        # The cache would hand out a weight's cast of another pass.
+        with torch.autocast('cuda', self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+            return self.call(*_rebuilt(self.inputs, iter(tensors)))
+
+
+class _Graph:
+    """The forward pass for one kind of input as a graph, and if anything is learned, the backward pass."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Callable,
+        inputs: tuple,
+        tensors: list[Tensor],
+        state: _State,
+        pool: _Pool,
+    ):
+        parameters = dict(module.named_parameters(prefix='module'))
+        self.state, self.pool = state, pool
+        self.learns = torch.is_grad_enabled() and any(
+            p.requires_grad for p in (*tensors, *parameters.values())
+        )
+        self.replays = 0
+        self.is_refused = False  # a pass came that graphs cannot do
+        self._autocast = _autocast_dtype()
+        self._nesting = _rebuilt(inputs, iter([torch.empty(0)] * len(tensors)))
+        # Leaves of our own: those of the parameters may belong to a stream that takes no part in a capture.
+        self._weights = {
+            name: p.detach().requires_grad_(p.requires_grad and self.learns)
+            for name, p in parameters.items()
+        }
+        device = tensors[0].device
+        with (
+            _capturing,
+            torch.cuda.device(device),
+            torch.cuda.stream(torch.cuda.current_stream(device)),  # a capture that fails leaves its own
+            torch.inference_mode(False),
+            torch.set_grad_enabled(self.learns),
+            torch.autocast('cuda', enabled=False),  # backward passes run without
+        ):
+            body = _Body(module, call, self._nesting, self._autocast)
+            self._capture(body, self._try(body, parameters, tensors), tensors)
+
+    def _try(
+        self, body: _Body, parameters: dict[str, nn.Parameter], tensors: list[Tensor]
+    ) -> list[tuple[nn.Parameter, Tensor]]:
+        """One pass that is not captured, as PyTorch asks for; the parameters that get a gradient."""
+        learning = [(p, self._weights[name]) for name, p in parameters.items()]
+        learning = [(p, leaf) for p, leaf in learning if leaf.requires_grad]
+        with torch.random.fork_rng([tensors[0].device]):
+            inputs = [x.detach().requires_grad_(x.requires_grad and self.learns) for x in tensors]
+            outputs = torch.func.functional_call(body, self._weights, tuple(inputs))
+            if not self.learns:
+                return []
+            outputs = [y for y in _tensors(outputs) if y.requires_grad]
+            leaves = [leaf for _, leaf in learning] + [x for x in inputs if x.requires_grad]
+            given = [torch.zeros_like(y) for y in outputs]
+            found = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
+        # In the order of dtypes, of which each gets a buffer.
+        learning = [pair for pair, gradient in zip(learning, found, strict=False) if gradient is not None]
+        return sorted(learning, key=lambda pair: str(pair[1].dtype))
+
+    def _capture(
+        self, body: _Body, learning: list[tuple[nn.Parameter, Tensor]], tensors: list[Tensor]
+    ) -> None:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        # Not the mode 'global': other threads may pin memory for the next batches.
+        capture = functools.partial(
+            torch.cuda.graph,
+            pool=self.pool.handle,
+            stream=self.pool.stream,
+            capture_error_mode='thread_local',
+        )
+        self._parameters, self._leaves = ([pair[i] for pair in learning] for i in range(2))
+        self._forward = torch.cuda.CUDAGraph()
+        with capture(self._forward):
+            inputs = [torch.empty_like(x).requires_grad_(x.requires_grad and self.learns) for x in tensors]
+            outputs = torch.func.functional_call(body, self._weights, tuple(inputs))
+            flat_outputs = list(_tensors(outputs))
+        self._outputs_nesting = _rebuilt(outputs, iter([torch.empty(0)] * len(flat_outputs)))
+        self._is_learning = [y.requires_grad for y in flat_outputs]
+        self._inputs = [_alias(x) for x in inputs]
+        self._learning_inputs = [x.requires_grad for x in inputs]
+        self._outputs = [_alias(y) for y in flat_outputs]
+        if self.learns:
+            self._backward = torch.cuda.CUDAGraph()
+            learning_outputs = [y for y in flat_outputs if y.requires_grad]
+            learning_inputs = [x for x in inputs if x.requires_grad]
+            leaves = self._leaves
+            with capture(self._backward):
+                given = [torch.empty_like(y) for y in learning_outputs]
+                found = torch.autograd.grad(
+                    learning_outputs, leaves + learning_inputs, given, allow_unused=True
+                )
+                buffers = []
+                for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
+                    own = [g for g, leaf in zip(found, leaves, strict=False) if leaf.dtype == dtype]
+                    buffers.append((torch.cat([g.reshape(-1) for g in own]), [g.shape for g in own]))
+            self._given = [_alias(g) for g in given]
+            self._buffers = [(_alias(buffer), shapes) for buffer, shapes in buffers]
+            self._input_gradients = [g if g is None else _alias(g) for g in found[len(leaves) :]]
+        self.pool.size += max(torch.cuda.memory_reserved() - before, 0)
+
+    def __call__(self, module: nn.Module, call: Callable, tensors: list[Tensor]):
+        """The outputs; nothing else writes to their memory."""
+        if self.learns:
+            outputs = _Replay.apply(self, module, call, len(tensors), *tensors, *self._parameters)
+        else:
+            outputs = self.forward(tensors)
+        return _rebuilt(self._outputs_nesting, iter(outputs))
+
+    def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        """The same without gradients, not nested."""
+        for place, x in zip(self._inputs, tensors, strict=True):
+            place.copy_(x)
+        self._forward.replay()
+        return tuple(y.clone() for y in self._outputs)
+
+    def open(self, node: torch.autograd.function.FunctionCtx, outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Note the node of a forward pass that has just run, and return the outputs without gradient."""
+        self.pool.node = weakref.ref(node)
+        return [y for y, learning in zip(outputs, self._is_learning, strict=True) if not learning]
+
+    def versions(self) -> list[int]:
+        """How often each weight has been changed."""
+        return [weight._version for weight in self._weights.values()]
+
+    def backward(
+        self, node: torch.autograd.function.FunctionCtx, given: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of inputs and parameters from those of the outputs."""
+        if node.versions != self.versions():
+            raise RuntimeError('weights have been changed in place between a forward and its backward pass')
+        given = [g for g, learning in zip(given, self._is_learning, strict=True) if learning]
+        is_last = self.pool.node is not None and self.pool.node() is node
+        if is_last:
+            self.pool.node = None
+        if is_last and all(g is not None for g in given):
+            torch._foreach_copy_(self._given, given)
+            self._backward.replay()
+            of_inputs = [g if g is None else g.clone() for g in self._input_gradients]
+            of_parameters = []
+            for buffer, shapes in self._buffers:  # copies: parameters keep what they get
+                parts = buffer.clone().split([shape.numel() for shape in shapes])
+                of_parameters += [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        else:
+            self.is_refused = True
+            of_inputs, of_parameters = self._recompute(node, given)
+        rest = iter(of_inputs)
+        return *(next(rest) if learning else None for learning in self._learning_inputs), *of_parameters
+
+    def _recompute(
+        self, node: torch.autograd.function.FunctionCtx, given: list[Tensor | None]
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """What :meth:`backward` gives where graphs cannot: after one already, or not from all outputs."""
+        inputs = [
+            x.detach().requires_grad_(learning)
+            for x, learning in zip(node.saved_tensors, self._learning_inputs, strict=True)
+        ]
+        with torch.random.fork_rng([inputs[0].device]), torch.enable_grad():
+            torch.cuda.set_rng_state(node.random_state, inputs[0].device)
+            body = _Body(node.module, node.call, self._nesting, self._autocast)
+            with torch.autocast('cuda', enabled=False):
+                outputs = torch.func.functional_call(body, self._weights, tuple(inputs))
+                pairs = zip([y for y in _tensors(outputs) if y.requires_grad], given, strict=True)
+                outputs, given = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
+                wanted = [x for x in inputs if x.requires_grad]
+                found = torch.autograd.grad(outputs, wanted + self._leaves, given, allow_unused=True)
+        return found[: len(wanted)], found[len(wanted) :]
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, graph: _Graph, module: nn.Module, call: Callable, count: int, *tensors: Tensor):
+        inputs = tensors[:count]  # the rest are parameters
+        ctx.graph, ctx.module, ctx.call, ctx.versions = graph, module, call, graph.versions()
+        ctx.random_state = torch.cuda.get_rng_state(inputs[0].device)
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+        outputs = graph.forward(inputs)
+        ctx.mark_non_differentiable(*graph.open(ctx, outputs))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *given: Tensor | None):
+        return None, None, None, None, *ctx.graph.backward(ctx, given)
