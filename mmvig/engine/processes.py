@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.util import Finalize
@@ -13,12 +14,14 @@ from multiprocessing.util import Finalize
 from torch.utils.data import DataLoader
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SAME_REQUEST = 5.0  # seconds
 
 
 class StopSignal:
     """Notes SIGTERM while it is entered, so that a run can end where it can be resumed.
 
-    The second one ends the process at once. Only a main thread can receive signals.
+    One that follows within five seconds is the same request: a scheduler signals all processes of a job,
+    and torchrun hands on what it gets. A later one ends the process. Only a main thread can receive signals.
     """
 
     received = False
@@ -34,8 +37,12 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, *_) -> None:
-        self.received = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._since = True, now
+        elif now - self._since > _SAME_REQUEST:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
 
 
 def tie_workers(loader: DataLoader) -> DataLoader:

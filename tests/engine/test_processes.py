@@ -66,13 +66,32 @@ def test_the_loaders_own_worker_init_fn_is_called():
     assert {batch[0, 1].item() for batch in loader} == {40, 41}
 
 
-def test_the_second_sigterm_is_not_noted():
-    before = signal.getsignal(signal.SIGTERM)
+def ask_three_times(pipe) -> None:
     with StopSignal() as stop:
-        assert not stop.received
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does, where a scheduler did it too
+        pipe.send(stop.received)
+        stop._since -= 10
+        os.kill(os.getpid(), signal.SIGTERM)
+        pipe.send('still here')
+
+
+def test_a_sigterm_that_is_repeated_at_once_is_one_request_and_a_later_one_ends_the_process():
+    here, there = FORK.Pipe()
+    process = FORK.Process(target=ask_three_times, args=(there,))
+    process.start()
+    there.close()
+    assert here.recv() is True
+    with pytest.raises(EOFError):
+        here.recv()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_the_handler_before_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal():
+        assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
 
