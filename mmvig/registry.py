@@ -5,6 +5,9 @@ under any default scope and needs no ``custom_imports``: mmengine imports ``mmvi
 meets the scope, and the node imports its ``locations`` on first use.
 """
 
+import importlib
+from collections.abc import Callable
+
 try:
     from mmengine import registry as _root
 except ImportError as error:
@@ -14,6 +17,20 @@ except ImportError as error:
     ) from error
 
 MODELS = _root.Registry('model', parent=_root.MODELS, scope='mmvig', locations=['mmvig.backbones'])
+
+
+def _built_lazily(module: str, name: str) -> Callable:
+    """A builder that imports its module when it is called: a backbone must not cost mmdet's import."""
+
+    def build(**kwargs):
+        return getattr(importlib.import_module(module), name)(**kwargs)
+
+    return build
+
+
+for _name in ('DetDataPreprocessor', 'RPNHead', 'SingleRoIExtractor'):
+    MODELS.register_module(name=_name, module=_built_lazily('mmvig.detection', _name))
+
 DATASETS = _root.Registry(
     'dataset', parent=_root.DATASETS, scope='mmvig', locations=['mmvig.datasets.registered']
 )
@@ -31,5 +48,5 @@ HOOKS = _root.Registry(
     'hook', parent=_root.HOOKS, scope='mmvig', locations=['mmvig.engine.cuda_graphs_hook']
 )
 TASK_UTILS = _root.Registry(
-    'task util', parent=_root.TASK_UTILS, scope='mmvig', locations=['mmvig.task_modules']
+    'task util', parent=_root.TASK_UTILS, scope='mmvig', locations=['mmvig.detection']
 )

@@ -1,10 +1,8 @@
 """Mixed precision: which, and where mmengine's own optimiser wrapper refuses to run."""
 
-import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import PathFinder
 
 import torch
 from mmengine.config import Config
@@ -64,8 +62,8 @@ def use_amp(cfg: Config, wanted: str = 'auto') -> None:
         chosen, why = 'bf16', 'there is no GPU'
     elif not torch.cuda.is_bf16_supported(including_emulation=False):
         chosen, why = 'fp16', 'this GPU does not compute in bfloat16'
-    elif cfg.get('default_scope') == 'mmdet' and _mmcv_is_compiled():
-        chosen, why = 'fp16', "mmcv's compiled operators do not take bfloat16"
+    elif cfg.get('default_scope') == 'mmdet' and (part := _rounding_part(cfg.model)):
+        chosen, why = 'fp16', f'{part} would round boxes to 8 bits in bfloat16'
     else:
         chosen, why = 'bf16', 'this GPU computes in it, and it needs no loss scaler'
     logger.info('--amp: %s, %s.', DTYPES[chosen], why)
@@ -78,10 +76,20 @@ def use_amp(cfg: Config, wanted: str = 'auto') -> None:
         options.update(type='AmpOptimWrapper', dtype=DTYPES[chosen], loss_scale=scale)
 
 
-def _mmcv_is_compiled() -> bool:
-    """Whether mmcv has its own RoIAlign and the like, which it builds for float32, float64 and float16."""
-    mmcv = importlib.util.find_spec('mmcv')
-    # Looked up in mmcv's folder, since find_spec('mmcv._ext') would import all of mmcv.
-    return (
-        mmcv is not None and PathFinder.find_spec('mmcv._ext', mmcv.submodule_search_locations) is not None
-    )
+def _rounding_part(model: dict) -> str | None:
+    """The part of a detector that rounds boxes to the maps' dtype, as mmdet's do; None in ours.
+
+    bfloat16 holds whole pixels up to 256 alone; mmcv's own RoIAlign does not take it at all.
+    """
+    rpn_head = model.get('rpn_head')
+    if rpn_head is None:
+        return model.get('bbox_head', model).get('type', 'its head')
+    if rpn_head.get('type') != 'mmvig.RPNHead':
+        return rpn_head.get('type')
+    for name, extractor in model.get('roi_head', {}).items():
+        if name.endswith('roi_extractor'):
+            if extractor.get('type') != 'mmvig.SingleRoIExtractor':
+                return extractor.get('type')
+            if not extractor.roi_layer.get('use_torchvision'):
+                return 'RoIAlign without use_torchvision=True'
+    return None

@@ -22,18 +22,24 @@ CPU = {'type': 'mmvig.engine.amp.CpuAmpOptimWrapper'}
 def machine(monkeypatch):
     """Pretend to be a machine with a GPU, or without one."""
 
-    def pretend(device='cuda', bf16=True, compiled=False):
+    def pretend(device='cuda', bf16=True):
         monkeypatch.setattr(amp, 'get_device', lambda: device)
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: bf16)
-        monkeypatch.setattr(amp, '_mmcv_is_compiled', lambda: compiled)
 
     return pretend
 
 
-def chosen(wanted='auto', scope='mmdet', **wrapper):
-    cfg = Config({'optim_wrapper': {'type': 'OptimWrapper', **wrapper}, 'default_scope': scope})
+def chosen(wanted='auto', model=None, scope='mmseg', **wrapper):
+    cfg = {'optim_wrapper': {'type': 'OptimWrapper', **wrapper}, 'model': model, 'default_scope': scope}
+    cfg = Config(cfg)
     use_amp(cfg, wanted)
     return cfg.optim_wrapper.to_dict()
+
+
+def detector(rpn='mmvig.RPNHead', extractor='mmvig.SingleRoIExtractor', **layer):
+    extractor = {'type': extractor, 'roi_layer': {'type': 'RoIAlign', 'use_torchvision': True, **layer}}
+    model = {'rpn_head': {'type': rpn}, 'roi_head': {'type': 'Head', 'mask_roi_extractor': extractor}}
+    return {'scope': 'mmdet', 'model': model}
 
 
 @pytest.mark.parametrize(
@@ -41,9 +47,13 @@ def chosen(wanted='auto', scope='mmdet', **wrapper):
     [
         ({}, {}, BF16, 'bfloat16, this GPU computes in it'),
         ({'bf16': False}, {}, FP16, 'float16, this GPU does not'),
-        ({'compiled': True}, {}, FP16, "float16, mmcv's compiled operators do not take bfloat16"),
-        ({'compiled': True}, {'scope': 'mmseg'}, BF16, 'bfloat16, this GPU'),
-        ({'compiled': True}, {'wanted': 'bf16'}, BF16, 'bfloat16, as asked for'),
+        ({}, detector(), BF16, 'bfloat16, this GPU computes in it'),
+        ({}, detector('RPNHead'), FP16, 'float16, RPNHead would round boxes to 8 bits in bfloat16'),
+        ({}, detector(extractor='SingleRoIExtractor'), FP16, 'float16, SingleRoIExtractor would round'),
+        ({}, detector(use_torchvision=False), FP16, 'float16, RoIAlign without use_torchvision=True'),
+        ({}, {'scope': 'mmdet', 'model': {'bbox_head': {'type': 'FCOSHead'}}}, FP16, 'float16, FCOSHead'),
+        ({}, {'scope': 'mmdet', 'model': {'type': 'SoftTeacher'}}, FP16, 'float16, SoftTeacher would'),
+        ({}, {**detector('RPNHead'), 'wanted': 'bf16'}, BF16, 'bfloat16, as asked for'),
         ({}, {'wanted': 'fp16'}, FP16, 'float16, as asked for'),
         ({}, FP16, FP16, 'float16, as the config has it'),
         ({}, {'type': 'AmpOptimWrapper', 'loss_scale': 512.0}, None, 'float16, as the config has it'),

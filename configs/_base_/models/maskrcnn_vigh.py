@@ -3,7 +3,7 @@
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(
-        type='DetDataPreprocessor',
+        type='mmvig.DetDataPreprocessor',
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
@@ -14,11 +14,11 @@ model = dict(
     backbone=dict(type='mmvig.ViGH', arch='tiny', drop_path_rate=0.2),
     neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=5),
     rpn_head=dict(
-        type='RPNHead',
+        type='mmvig.RPNHead',
         in_channels=256,
         feat_channels=256,
         anchor_generator=dict(
-            type='AnchorGenerator',
+            type='mmvig.AnchorGenerator',
             scales=[8],
             ratios=[0.5, 1.0, 2.0],
             strides=[4, 8, 16, 32, 64],
@@ -34,7 +34,7 @@ model = dict(
     roi_head=dict(
         type='StandardRoIHead',
         bbox_roi_extractor=dict(
-            type='SingleRoIExtractor',
+            type='mmvig.SingleRoIExtractor',
             # mmcv's own operator has no bfloat16, and is missing where mmcv is not compiled
             roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0, use_torchvision=True),
             out_channels=256,
@@ -56,7 +56,7 @@ model = dict(
             loss_bbox=dict(type='L1Loss', loss_weight=1.0),
         ),
         mask_roi_extractor=dict(
-            type='SingleRoIExtractor',
+            type='mmvig.SingleRoIExtractor',
             roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0, use_torchvision=True),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
@@ -73,7 +73,7 @@ model = dict(
     train_cfg=dict(
         rpn=dict(
             assigner=dict(
-                type='MaxIoUAssigner',
+                type='mmvig.MaxIoUAssigner',
                 pos_iou_thr=0.7,
                 neg_iou_thr=0.3,
                 min_pos_iou=0.3,
@@ -81,7 +81,7 @@ model = dict(
                 ignore_iof_thr=-1,
             ),
             sampler=dict(
-                type='RandomSampler',
+                type='mmvig.RandomSampler',
                 num=256,
                 pos_fraction=0.5,
                 neg_pos_ub=-1,
@@ -99,7 +99,7 @@ model = dict(
         ),
         rcnn=dict(
             assigner=dict(
-                type='MaxIoUAssigner',
+                type='mmvig.MaxIoUAssigner',
                 pos_iou_thr=0.5,
                 neg_iou_thr=0.5,
                 min_pos_iou=0.5,
@@ -107,7 +107,7 @@ model = dict(
                 ignore_iof_thr=-1,
             ),
             sampler=dict(
-                type='RandomSampler',
+                type='mmvig.RandomSampler',
                 num=512,
                 pos_fraction=0.25,
                 neg_pos_ub=-1,

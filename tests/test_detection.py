@@ -1,0 +1,160 @@
+"""Our parts of detectors give what mmdet's give, and do not round boxes in mixed precision."""
+
+import copy
+from pathlib import Path
+
+import mmvig.compat  # noqa: F401  before what imports mmcv.ops
+
+import pytest
+import torch
+from mmdet.models.data_preprocessors import DetDataPreprocessor
+from mmdet.models.dense_heads import RPNHead
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+from mmdet.models.task_modules import AnchorGenerator, MaxIoUAssigner, RandomSampler
+from mmengine.config import Config
+from mmengine.registry import MODELS, TASK_UTILS
+from mmengine.structures import InstanceData
+from torch.testing import assert_close
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+RPN = dict(pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=0.3, match_low_quality=True)
+RCNN = dict(pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0.5, match_low_quality=False)
+OTHERS = [dict(RPN, neg_iou_thr=(0.1, 0.3)), dict(RPN, gt_max_assign_all=False), dict(RPN, min_pos_iou=0.0)]
+
+
+def boxes(count, generator, size=64):
+    corners = torch.randint(0, size, (count, 2), generator=generator).float()
+    return torch.cat(
+        [corners, corners + torch.randint(1, size // 2, (count, 2), generator=generator)], dim=1
+    )
+
+
+@pytest.mark.parametrize('options', [RPN, RCNN, *OTHERS])
+@pytest.mark.parametrize('objects', [0, 1, 9])
+def test_assigner(options, objects):
+    """Whole-number corners make ties of IoU common."""
+    ours = TASK_UTILS.build(dict(type='mmvig.MaxIoUAssigner', **options))
+    theirs = MaxIoUAssigner(**options)
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        priors = InstanceData(priors=boxes(300, generator))
+        truth = InstanceData(
+            bboxes=boxes(objects, generator), labels=torch.randint(0, 5, (objects,), generator=generator)
+        )
+        truth.bboxes[1:2] = truth.bboxes[:1]  # two objects in one place
+        actual, expected = (each.assign(copy.deepcopy(priors), truth) for each in (ours, theirs))
+        for name in ('num_gts', 'gt_inds', 'max_overlaps', 'labels'):
+            assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=0)
+
+
+def test_sampler():
+    options = dict(num=16, pos_fraction=0.5)
+    results = []
+    for sampler in (
+        TASK_UTILS.build(dict(type='mmvig.RandomSampler', **options)),
+        RandomSampler(**options),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        priors, truth = boxes(400, generator), InstanceData(bboxes=boxes(30, generator))
+        truth.labels = torch.zeros(30, dtype=torch.long)
+        assigned = MaxIoUAssigner(**RCNN).assign(InstanceData(priors=priors), truth)
+        torch.manual_seed(1)
+        found = sampler.sample(assigned, InstanceData(priors=priors), truth)
+        results.append((found.pos_inds, found.neg_inds))
+    assert_close(*results)
+    assert len(results[0][0]) <= 8 < 16 == sum(map(len, results[0]))
+
+
+def test_anchors():
+    options = dict(scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8])
+    ours, theirs = (
+        TASK_UTILS.build(dict(type='mmvig.AnchorGenerator', **options)),
+        AnchorGenerator(**options),
+    )
+    for side in (8, 12, 8, 12):
+        sizes = [torch.Size((side, side + 4)), (side // 2, side // 2 + 2)]
+        for name, more in (('grid_priors', ()), ('valid_flags', ((4 * side - 3, 4 * side, 3),))):
+            actual, expected = (getattr(each, name)(sizes, *more, device='cpu') for each in (ours, theirs))
+            assert_close(actual, expected, rtol=0, atol=0)
+            for each in actual:
+                each.zero_()  # the caller's own
+    assert ours.grid_priors(sizes, torch.float64, 'cpu')[0].dtype == torch.float64
+    assert len(copy.deepcopy(ours).grid_priors(sizes, device='cpu')) == 2
+
+
+MODEL = Config.fromfile(f'{CONFIGS}/_base_/models/maskrcnn_vigh.py').model
+
+
+def pair_of(theirs, options):
+    """Ours and mmdet's of one part of the config."""
+    options = Config(copy.deepcopy(options)).to_dict()
+    kind = options.pop('type')
+    assert kind == f'mmvig.{theirs.__name__}'
+    return MODELS.build({'type': kind, **options}), theirs(**options)
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('stacked', [False, True])
+def test_preprocessor(training, stacked):
+    ours, theirs = pair_of(DetDataPreprocessor, MODEL.data_preprocessor)
+    images = [torch.randint(0, 256, (3, 40, 50 + i), dtype=torch.uint8) for i in range(2)]
+    inputs = torch.stack([images[0]] * 2) if stacked else images
+    data = {'inputs': inputs, 'data_samples': None}
+    actual, expected = (each(copy.copy(data), training)['inputs'] for each in (ours, theirs))
+    assert_close(actual, expected, rtol=0, atol=0)
+    assert data['inputs'] is inputs and len(actual) == 2
+
+
+def proposals(head, scale=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(52, 80), (26, 40), (13, 20), (7, 10), (4, 5)]
+    maps = [[torch.randn(2, n, *size, generator=generator) * scale for size in sizes] for n in (3, 12)]
+    metas = [{'img_shape': (205, 317)}, {'img_shape': (208, 319)}]
+    cast = [[x.to(dtype) for x in each] for each in maps]
+    cfg = Config(
+        dict(nms_pre=500, max_per_img=100, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
+    )
+    return head.predict_by_feat(*cast, batch_img_metas=metas, cfg=cfg)
+
+
+def test_proposals_are_not_rounded():
+    options = {**MODEL.rpn_head, 'train_cfg': MODEL.train_cfg.rpn, 'test_cfg': MODEL.test_cfg.rpn}
+    ours, theirs = pair_of(RPNHead, options)
+    for actual, expected in zip(proposals(ours), proposals(theirs), strict=True):
+        assert_close(actual.bboxes, expected.bboxes, rtol=0, atol=0)
+        assert_close(actual.scores, expected.scores, rtol=0, atol=0)
+    exact, rounded = (proposals(each, 0.0, torch.bfloat16)[0].bboxes for each in (ours, theirs))
+    assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    truth = proposals(theirs, 0.0)[0].bboxes  # of maps that bfloat16 holds exactly: zeros
+    assert_close(exact, truth, rtol=0, atol=0)
+    assert (rounded.float() - truth).abs().max() > 0.4
+
+
+def extracted(extractor, dtype=None, **options):
+    generator = torch.Generator().manual_seed(0)
+    feats = [torch.randn(2, 8, 64 >> i, 96 >> i, generator=generator).requires_grad_() for i in range(4)]
+    corners = torch.rand(30, 2, generator=generator) * 200
+    sides = torch.rand(30, 2, generator=generator) * torch.tensor([20.0, 180.0])[:, None].repeat(15, 1)
+    images = torch.randint(0, 2, (30, 1), generator=generator).float()
+    rois = torch.cat([images, corners, corners + sides], dim=1)
+    with torch.autocast('cpu', dtype, enabled=dtype is not None):
+        found = extractor([x if dtype is None else x.to(dtype) for x in feats], rois, **options)
+    found.float().square().sum().backward()
+    return found, [x.grad for x in feats]
+
+
+@pytest.mark.parametrize('options', [{}, {'roi_scale_factor': 1.3}])
+def test_features_of_rois(options):
+    """The RoIs leave two levels without any."""
+    mask = {**MODEL.roi_head.mask_roi_extractor, 'out_channels': 8}
+    ours, theirs = pair_of(SingleRoIExtractor, mask)
+    assert_close(extracted(ours, **options), extracted(theirs, **options))
+    assert extracted(ours)[1][3].eq(0).all()
+    truth = extracted(theirs)[0]
+    actual, rounded = (extracted(each, torch.bfloat16)[0].float() for each in (ours, theirs))
+    assert (actual - truth).norm() < 0.02 * truth.norm() < 0.1 * (rounded - truth).norm()
+
+
+def test_no_rois():
+    ours, _ = pair_of(SingleRoIExtractor, MODEL.roi_head.bbox_roi_extractor)
+    assert ours([torch.zeros(1, 256, 8 >> i, 8 >> i) for i in range(4)], torch.zeros(0, 5)).shape[0] == 0
