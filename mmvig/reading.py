@@ -18,10 +18,12 @@ from uuid import uuid4
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
-from mmengine.dist import barrier, get_local_rank
+from mmengine.dist import barrier, is_distributed
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OneCycleParamScheduler
 from mmengine.runner import checkpoint as mmengine_checkpoint
+
+from mmvig.engine.preflight import local_rank
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +114,8 @@ def download(url: str) -> Path:
     hubs = folder / name
     path = folder / 'mmvig' / sha256(url.encode()).hexdigest()[:16] / name
     try:
-        if get_local_rank() == 0 and not path.is_file():
+        # Not mmengine's get_local_rank, which asks for a group that nothing of mmengine sets up.
+        if not (is_distributed() and local_rank()) and not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             if digits and hubs.is_file() and _sha256(hubs).startswith(digits):
                 path = hubs

@@ -1,10 +1,13 @@
 """Reading checkpoint files: addresses, downloads, and no code, in this process and in all of mmengine."""
 
 import functools
+import multiprocessing
 import os
+import socket
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +25,8 @@ from torch import nn
 from mmvig import checkpoints, reading
 from mmvig.engine import cli, loading
 from mmvig.engine.preflight import SetupError
+
+FORK = multiprocessing.get_context('fork')
 
 
 class Code:
@@ -152,6 +157,42 @@ def test_downloads_at_the_same_time(web):
         paths = list(pool.map(reading.download, [f'{address}/model.pth'] * 4))
     assert {torch.load(path)['weight'][0].item() for path in paths} == {7}
     assert kept() == [Path.cwd() / paths[0]] or len(kept()) == 1
+
+
+def be_a_rank(rank, port, folder, addresses, pipe):
+    """One of two processes that read the same files."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', TORCH_HOME=f'{folder}/torch')
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=60))
+    for address in addresses:
+        try:
+            pipe.send(checkpoints.read(address)['weight'].tolist())
+        except RuntimeError as error:
+            pipe.send(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_of_a_node_download_once_and_fail_together(web):
+    folder, address, asked = web
+    put(folder, 'model.pth', 7)
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    addresses = [f'{address}/no.pth', f'{address}/model.pth']
+    pipes = [FORK.Pipe(duplex=False) for _ in range(2)]
+    ranks = [
+        FORK.Process(target=be_a_rank, args=(rank, port, str(Path.cwd()), addresses, pipe))
+        for rank, (_, pipe) in enumerate(pipes)
+    ]
+    for rank, (_, pipe) in zip(ranks, pipes, strict=True):
+        rank.start()
+        pipe.close()  # so that its end is seen
+    said = [[pipe.recv() for _ in addresses] for pipe, _ in pipes]
+    for rank in ranks:
+        rank.join()
+    assert said[0] == [f'{address}/no.pth cannot be downloaded: HTTP Error 404: File not found', [7, 7, 7]]
+    assert "see the error of this node's first process" in said[1][0] and said[1][1] == [7, 7, 7]
+    assert asked == ['/no.pth', '/model.pth']
 
 
 # Other addresses, and parts of files.
