@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 GOLDEN = Path(__file__).parent / 'data' / 'golden_vig.npz'
-WIDTHS = {'tiny': 96, 'small': 96, 'base': 128}
-PLAIN_WIDTHS = {'tiny': 192, 'small': 384, 'base': 768}
-DEPTHS = {'tiny': (2, 2, 5, 2), 'small': (2, 2, 17, 2), 'base': (2, 2, 17, 2)}
+# The tiny models' names and depths with a ninth of their weights, for what holds at any width.
+MINI = {'embed_dims': 32, 'depths': [2, 2, 5, 2], 'num_heads': [1, 2, 4, 8]}
+PLAIN_MINI = {'embed_dims': 64, 'depth': 12, 'num_heads': 1, 'conv_act': True, 'out_act': True}
+WIDTHS = {'mini': 32, 'tiny': 96, 'small': 96, 'base': 128}
+PLAIN_WIDTHS = {'mini': 64, 'tiny': 192, 'small': 384, 'base': 768}
+DEPTHS = {'mini': (2, 2, 5, 2), 'tiny': (2, 2, 5, 2), 'small': (2, 2, 17, 2), 'base': (2, 2, 17, 2)}
 
 
 def _standard_normal(tag, shape):
@@ -122,13 +125,13 @@ def official_plain_state_dict(arch):
 
 
 def from_file(backbone, tmp_path, content, prefix=None, **options):
-    """A tiny backbone of a class whose init_cfg loads ``content`` from a file."""
+    """A backbone, from its class and arch, whose init_cfg loads ``content`` from a file."""
     path = tmp_path / 'weights.pth'
     torch.save(content, path)
     init_cfg = {'type': 'Pretrained', 'checkpoint': str(path)}
     if prefix:
         init_cfg['prefix'] = prefix
-    model = backbone('tiny', init_cfg=init_cfg, **options)
+    model = backbone(init_cfg=init_cfg, **options)
     model.init_weights()
     return model
 

@@ -2,11 +2,12 @@
 
 import pickle
 import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from golden import assert_equal, from_file, official_shapes, official_state_dict
+from golden import MINI, assert_equal, from_file, official_shapes, official_state_dict
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.runner import load_checkpoint
@@ -14,15 +15,19 @@ from mmengine.runner import load_checkpoint
 from mmvig import checkpoints
 from mmvig.backbones import ViGH
 
+mini = partial(ViGH, MINI)
+DEEPER = {**MINI, 'depths': [2, 2, 6, 2]}
+WIDER = {**MINI, 'embed_dims': 64}
+
 
 @pytest.fixture(scope='module')
 def official():
-    return official_state_dict('tiny')
+    return official_state_dict('mini')
 
 
 @pytest.fixture(scope='module')
 def loaded(official):
-    model = ViGH('tiny')
+    model = mini()
     model.load_state_dict(official)
     return model.state_dict()
 
@@ -30,7 +35,8 @@ def loaded(official):
 @pytest.mark.parametrize('arch', ['tiny', 'small', 'base'])
 @pytest.mark.parametrize('classifier', [False, True])
 def test_every_official_name_is_known(arch, classifier):
-    model = ViGH(arch)
+    with torch.device('meta'):
+        model = ViGH(arch)
     ours = {checkpoints.our_name(name) for name in official_shapes(arch, classifier)}
     own = set(model.state_dict())
     if classifier:
@@ -54,14 +60,14 @@ def test_every_official_name_is_known(arch, classifier):
 @pytest.mark.parametrize('names', ['official', 'own'])
 def test_wrapped_files_and_dicts(tmp_path, official, loaded, wrap, names):
     content = wrap(official if names == 'official' else dict(loaded))
-    assert_equal(from_file(ViGH, tmp_path, content), loaded)
-    model = ViGH('tiny')
+    assert_equal(from_file(mini, tmp_path, content), loaded)
+    model = mini()
     model.load_state_dict(content)
     assert_equal(model, loaded)
 
 
 def test_official_classifier_keeps_initial_output_norms(tmp_path, loaded):
-    model = from_file(ViGH, tmp_path, {'model': official_state_dict('tiny', classifier=True)})
+    model = from_file(mini, tmp_path, {'model': official_state_dict('mini', classifier=True)})
     for name, value in model.state_dict().items():
         if name.startswith('norm'):
             assert (value == float(name.endswith('weight'))).all()
@@ -71,13 +77,13 @@ def test_official_classifier_keeps_initial_output_norms(tmp_path, loaded):
 
 @pytest.mark.parametrize('out_indices', [(1, 3), (2,), (0, 1)])
 def test_other_outputs_take_what_they_need(tmp_path, official, loaded, out_indices):
-    assert_equal(from_file(ViGH, tmp_path, official, out_indices=out_indices), loaded)
+    assert_equal(from_file(mini, tmp_path, official, out_indices=out_indices), loaded)
 
 
 def test_more_outputs_than_the_file_has(tmp_path, loaded):
-    narrow = ViGH('tiny', out_indices=(3,))
+    narrow = mini(out_indices=(3,))
     narrow.load_state_dict(loaded)
-    model = from_file(ViGH, tmp_path, narrow.state_dict())
+    model = from_file(mini, tmp_path, narrow.state_dict())
     assert torch.equal(model.norm3.weight, loaded['norm3.weight'])
     assert (model.norm0.weight == 1).all()
 
@@ -85,7 +91,7 @@ def test_more_outputs_than_the_file_has(tmp_path, loaded):
 class Detector(BaseModel):
     """What a detector is to a checkpoint: a backbone and something else."""
 
-    def __init__(self, arch='tiny'):
+    def __init__(self, arch=MINI):
         super().__init__()
         self.backbone = ViGH(arch)
         self.head = torch.nn.Linear(2, 2)
@@ -103,8 +109,8 @@ def test_our_training_checkpoint(tmp_path, loaded):
         'state_dict': detector.state_dict(),
         'message_hub': {'loss': HistoryBuffer([1.0, 2.0], [1, 1])},
     }
-    assert_equal(from_file(ViGH, tmp_path, content), loaded)
-    assert_equal(from_file(ViGH, tmp_path, content, prefix='backbone.'), loaded)
+    assert_equal(from_file(mini, tmp_path, content), loaded)
+    assert_equal(from_file(mini, tmp_path, content, prefix='backbone.'), loaded)
 
 
 @pytest.mark.parametrize('package', [b'numpy.core', b'numpy._core'])
@@ -137,14 +143,14 @@ def test_mismatches_are_listed(tmp_path, official):
     del broken['layers.2.blocks.3.op.g_norm.weight']
     del broken['outnorm1.bias']
     broken['layers.0.blocks.0.extra.weight'] = torch.zeros(3)
-    broken['patch_embed.0.weight'] = torch.zeros(48, 4, 3, 3)
+    broken['patch_embed.0.weight'] = torch.zeros(16, 4, 3, 3)
     expected = [
         'missing: stages.2.blocks.3.mixer.norm_long.weight',
         'missing: norm1.bias',
         'unexpected: layers.0.blocks.0.extra.weight',
-        'shape of stem.down1.conv.weight: [48, 4, 3, 3], expected [48, 3, 3, 3]',
+        'shape of stem.down1.conv.weight: [16, 4, 3, 3], expected [16, 3, 3, 3]',
     ]
-    for load in (ViGH('tiny').load_state_dict, lambda content: from_file(ViGH, tmp_path, content)):
+    for load in (mini().load_state_dict, lambda content: from_file(mini, tmp_path, content)):
         with pytest.raises(RuntimeError) as error:
             load(broken)
         for line in expected:
@@ -153,10 +159,10 @@ def test_mismatches_are_listed(tmp_path, official):
 
 def test_another_arch_is_refused_on_every_way(tmp_path, official):
     with pytest.raises(RuntimeError, match='does not fit this ViGH'):
-        ViGH('small').load_state_dict(official)
+        ViGH(DEEPER).load_state_dict(official)
     with pytest.raises(RuntimeError, match='does not fit this ViGH'):
-        ViGH('base').load_state_dict(official)
-    torch.save({'state_dict': Detector('small').state_dict()}, tmp_path / 'detector.pth')
+        ViGH(WIDER).load_state_dict(official)
+    torch.save({'state_dict': Detector(DEEPER).state_dict()}, tmp_path / 'detector.pth')
     with pytest.raises(RuntimeError, match=r'backbone\.stages\.2\.blocks\.5'):
         load_checkpoint(Detector(), str(tmp_path / 'detector.pth'), strict=True)
 
@@ -166,7 +172,7 @@ def test_not_strict_is_not_strict(official, prefix):
     """The backbone by itself and in a detector: what does not fit is reported, the rest loaded."""
     partial = {name: value for name, value in official.items() if name.startswith('patch_embed')}
     partial['layers.0.blocks.0.extra.weight'] = torch.zeros(1)
-    model = ViGH('tiny') if not prefix else Detector()
+    model = mini() if not prefix else Detector()
     partial = {prefix + name: value for name, value in partial.items()}
     result = model.load_state_dict(partial, strict=False)
     assert f'{prefix}stages.0.blocks.0.norm1.weight' in result.missing_keys
@@ -181,7 +187,7 @@ def test_not_strict_is_not_strict(official, prefix):
 
 def test_loading_leaves_the_callers_dict_alone(official):
     names = list(official)
-    ViGH('tiny').load_state_dict(official)
+    mini().load_state_dict(official)
     assert list(official) == names
 
 

@@ -1,5 +1,6 @@
 """ViG-H: golden outputs of the released code, shapes, options, training."""
 
+import importlib
 import json
 
 import numpy as np
@@ -77,7 +78,8 @@ def test_golden_logits(golden):
     ('arch', 'parameters'), [('tiny', 27_833_024), ('small', 49_284_032), ('base', 87_881_152)]
 )
 def test_parameter_counts(arch, parameters):
-    assert sum(p.numel() for p in ViGH(arch).parameters()) == parameters
+    with torch.device('meta'):
+        assert sum(p.numel() for p in ViGH(arch).parameters()) == parameters
 
 
 @pytest.mark.parametrize('size', [(1, 1), (3, 50), (31, 31), (32, 64), (112, 137)])
@@ -92,9 +94,10 @@ def test_strides_of_any_size(size):
 
 
 def test_large_odd_size():
+    arch = {'embed_dims': 16, 'depths': [1, 1, 1, 1], 'num_heads': [1, 2, 4, 8]}
     with torch.no_grad():
-        (out,) = ViGH('tiny', out_indices=(3,)).eval()(torch.randn(1, 3, 800, 1333))
-    assert out.shape == (1, 768, 25, 42) and out.isfinite().all()
+        (out,) = ViGH(arch, out_indices=(3,)).eval()(torch.randn(1, 3, 800, 1333))
+    assert out.shape == (1, 128, 25, 42) and out.isfinite().all()
 
 
 @pytest.mark.parametrize('out_indices', [(0, 1, 2), (2,), (0,), (0, 1)])
@@ -141,11 +144,11 @@ def test_frozen_stages(frozen_stages):
 
 
 def test_drop_path_grows_linearly_and_acts_only_in_training():
-    model = ViGH('tiny')
-    rates = [block.drop_path.rate for stage in model.stages for block in stage.blocks]
+    with torch.device('meta'):
+        models = [ViGH(arch) for arch in ('tiny', 'small', 'base')]
+    rates = [block.drop_path.rate for stage in models[0].stages for block in stage.blocks]
     assert rates == pytest.approx([0.2 * i / 10 for i in range(11)])
-    assert ViGH('small').stages[3].blocks[1].drop_path.rate == pytest.approx(0.3)
-    assert ViGH('base').stages[3].blocks[1].drop_path.rate == pytest.approx(0.6)
+    assert [model.stages[3].blocks[1].drop_path.rate for model in models[1:]] == pytest.approx([0.3, 0.6])
     model = mini(drop_path_rate=0.9)
     x = torch.randn(4, 3, 32, 32)
     assert not torch.equal(model.train()(x)[2], model(x)[2])
@@ -179,7 +182,9 @@ def test_initialisation():
             assert 0.9 * bound < module.weight.abs().max() <= bound
 
 
-def test_exports_with_dynamic_size():
+def test_exports_with_dynamic_size(monkeypatch):
+    # Steps for 128 * 2^2 tokens, enough here and soon traced; tests/ops exports all of them.
+    monkeypatch.setattr(importlib.import_module('mmvig.ops.bigla.chunked'), 'TRACED_STEPS', 2)
     model = ViGH({'embed_dims': 16, 'depths': [1, 1], 'num_heads': [1, 2]}, out_indices=(0, 1)).eval()
     sizes = {
         2: torch.export.Dim('height', min=9, max=4096),
@@ -188,7 +193,7 @@ def test_exports_with_dynamic_size():
     example = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         exported = torch.export.export(model, (example,), dynamic_shapes={'x': sizes}).module()
-        for size in [(64, 64), (33, 47), (200, 120)]:
+        for size in [(64, 64), (33, 47), (90, 77)]:
             x = torch.randn(1, 3, *size)
             for out, expected in zip(exported(x), model(x), strict=True):
                 torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
@@ -234,7 +239,8 @@ def test_bad_images_are_named(shape):
 
 
 def test_layer_depth():
-    model = ViGH('tiny')
+    with torch.device('meta'):
+        model = ViGH('tiny')
     expected = {
         'backbone.stem.down1.conv.weight': 0,
         'backbone.stages.0.blocks.0.mixer.qkv.weight': 1,

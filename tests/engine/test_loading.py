@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from golden import official_state_dict
+from golden import MINI, official_state_dict
 from mmengine.model import BaseModel
 from torch import nn
 
@@ -17,10 +17,10 @@ class Model(BaseModel):
 
     def __init__(self, classes=3, head='roi_head', backbone=None):
         super().__init__()
-        self.backbone = backbone or ViGH('tiny', out_indices=(3,))
+        self.backbone = backbone or ViGH(MINI, out_indices=(3,))
         if head == 'roi_head':
-            self.neck = nn.Conv2d(768, 8, 1)
-        self.add_module(head, nn.ModuleDict({'fc': nn.Linear(8 if head == 'roi_head' else 768, classes)}))
+            self.neck = nn.Conv2d(256, 8, 1)
+        self.add_module(head, nn.ModuleDict({'fc': nn.Linear(8 if head == 'roi_head' else 256, classes)}))
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
         raise NotImplementedError
@@ -36,7 +36,7 @@ def start(model, content, caplog):
 
 @pytest.fixture(scope='module')
 def official():
-    return official_state_dict('tiny', classifier=True)
+    return official_state_dict('mini', classifier=True)
 
 
 def stem(model):
@@ -97,11 +97,11 @@ def without(state_dict, word):
         lambda own: {**own, 'roi_head.fc.weight': torch.ones(4, 8), 'neck.weight': torch.ones(8, 7, 1, 1)},
         lambda own: {**own, 'backbone.stem.down1.conv.bias': torch.ones(1)},
         lambda own: {key.replace('roi_head', 'decode_head'): value for key, value in own.items()},
-        lambda own: ViGH('small', out_indices=(3,)).state_dict(),
+        lambda own: ViGH({**MINI, 'depths': [2, 2, 6, 2]}, out_indices=(3,)).state_dict(),
         lambda own: ViG(dict(embed_dims=32, depth=2, num_heads=1)).state_dict(),
         lambda own: {'layer1.0.conv1.weight': torch.ones(1)},
         lambda own: {f'backbone.{key}': value for key, value in nn.Linear(1, 1).state_dict().items()},
-        lambda own: {**own, 'backbone.patch_embed.0.bias': torch.ones(48)},  # a second name
+        lambda own: {**own, 'backbone.patch_embed.0.bias': torch.ones(16)},  # a second name
     ],
 )
 def test_anything_else_is_refused(content, caplog):
