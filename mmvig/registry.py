@@ -45,7 +45,10 @@ OPTIM_WRAPPER_CONSTRUCTORS = _root.Registry(
 )
 RUNNERS = _root.Registry('runner', parent=_root.RUNNERS, scope='mmvig', locations=['mmvig.engine.runner'])
 HOOKS = _root.Registry(
-    'hook', parent=_root.HOOKS, scope='mmvig', locations=['mmvig.engine.cuda_graphs_hook']
+    'hook',
+    parent=_root.HOOKS,
+    scope='mmvig',
+    locations=['mmvig.engine.cuda_graphs_hook', 'mmvig.engine.runtime_info_hook'],
 )
 TASK_UTILS = _root.Registry(
     'task util', parent=_root.TASK_UTILS, scope='mmvig', locations=['mmvig.detection']
