@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing import reductions
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from mmvig.engine.processes import StopSignal, tie_workers
+from mmvig.engine.processes import SMALL, StopSignal, tie_workers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'reliability'))
 import kills
@@ -64,6 +66,38 @@ def test_workers_end_with_their_run(by):
 def test_the_loaders_own_worker_init_fn_is_called():
     loader = tie_workers(DataLoader(Numbers(), num_workers=2, batch_size=1, worker_init_fn=init))
     assert {batch[0, 1].item() for batch in loader} == {40, 41}
+
+
+class Tensors(Numbers):
+    """Small and large ones, of several kinds."""
+
+    def __getitem__(self, index):
+        many = torch.arange(SMALL)
+        mixed = [
+            torch.tensor(2.5),
+            torch.zeros(0, 4),
+            torch.ones(3, 2).T,
+            torch.ones(2, dtype=torch.bfloat16),
+        ]
+        return [
+            *mixed,
+            many,
+            many[:: SMALL // 4],
+            torch.tensor([True]),
+            torch.empty(2, dtype=torch.complex64),
+        ]
+
+
+def test_workers_send_tensors_as_they_are(monkeypatch):
+    batches = iter(tie_workers(DataLoader(Tensors(), num_workers=1, batch_size=None)))
+    files, rebuild = [], reductions.rebuild_storage_fd  # patched here alone, not in the worker
+    monkeypatch.setattr(reductions, 'rebuild_storage_fd', lambda *args: files.append(1) or rebuild(*args))
+    for sent, expected in zip(batches, map(Tensors().__getitem__, range(4)), strict=True):
+        for x, y in zip(sent[:-1], expected[:-1], strict=True):
+            assert x.dtype == y.dtype
+            assert_close(x, y, rtol=0, atol=0)
+        sent[0].add_(1)  # the caller's own
+    assert len(files) == 4 * 2  # the large one, and the one that NumPy does not have
 
 
 def ask_three_times(pipe) -> None:
