@@ -100,9 +100,20 @@ def test_gates_of_a_single_token_have_no_gradient(dtype):
     assert all(x.any() for x in grads[:3]) and not any(x.any() for x in grads[3:])
 
 
-def test_open_gates_and_a_rare_strong_one():
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_gates_at_the_ends_have_no_gradient(dtype):
+    """No pair has the first token's forward gate, or the last one's backward gate, between its tokens."""
+    *_, g_fwd, g_bwd = run(make_inputs(20, dtype=dtype), 'triton')
+    assert g_fwd[:, 1:].all() and not g_fwd[:, 0].any()
+    assert g_bwd[:, :-1].all() and not g_bwd[:, -1].any()
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_open_gates_and_a_rare_strong_one(dtype):
     """Whose gradient must not be what is left of others', 1e7 times as large before their sigmoid."""
-    inputs = [x.clone() for x in make_inputs(20)]
+    inputs = [x.clone() for x in make_inputs(20, dtype=dtype)]
+    for x in inputs[:2]:
+        x *= 50  # what is left would be a normal number in float16 too
     for g in inputs[3:]:
         g.fill_(15)[:, 7] = -600
     assert_accurate(inputs)

@@ -22,6 +22,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Largest sum of |log2 decay| over a chunk for the factored form: its factors stay within 2^(+-SPAN / 2), so
 # that inputs up to 2^30 do not overflow.
 SPAN = tl.constexpr(180.0)
+# Binary orders by which a gate's pairs may be smaller than those that its factored form cancels.
+LOST = tl.constexpr(4.0)
 # The least log2 decay of a token: 2 to it is 0 in float32, sums of it are strong, and it fits into float16.
 LEAST = tl.constexpr(-1024.0)
 # Numbers of the tables [BT, BT] that sum a tile over tokens, as table @ tile.
@@ -370,36 +372,35 @@ def store_row(p_sum, x, i, row: tl.constexpr, K: tl.constexpr, BT: tl.constexpr,
 
 
 @triton.jit
-def is_strong(sum_f, sum_b):
-    """Whether one of these sums of log2 decays, of either direction, needs the form for strong gates."""
-    return tl.min(tl.minimum(sum_f, sum_b)) < -SPAN
+def is_strong(sum_f, sum_b, most: tl.constexpr = SPAN):
+    """Whether one of these sums of log2 decays, of either direction, is more than `most` binary orders."""
+    return tl.min(tl.minimum(sum_f, sum_b)) < -most
 
 
 @triton.jit
-def any_strong(p_sum, i, n, n_sums, K: tl.constexpr, BK: tl.constexpr, COUNT: tl.constexpr):
-    """Whether a channel of chunks i .. i + min(n, COUNT) - 1 decays by more than SPAN binary orders."""
+def any_strong(
+    p_sum, i, n, n_sums, K: tl.constexpr, BK: tl.constexpr, COUNT: tl.constexpr, most: tl.constexpr = SPAN
+):  # fmt: skip
+    """Whether a channel of chunks i .. i + min(n, COUNT) - 1 decays by more than `most` binary orders."""
     o_k = tl.arange(0, BK)[None, :]
     o_c = tl.arange(0, COUNT)[:, None]
     p_sum += (i + o_c) * K + o_k
     mask = (o_c < n) & (o_k < K)
     sum_b = tl.load(p_sum + n_sums * K, mask=mask, other=0.0)
-    return is_strong(tl.load(p_sum, mask=mask, other=0.0), sum_b)
+    return is_strong(tl.load(p_sum, mask=mask, other=0.0), sum_b, most)
 
 
 @triton.jit
 def chunks_of_program(
     p_sum, n_chunks, n_sums, H, CH, NV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    STRONG: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr, sure=False,
+    STRONG: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """First and end of a program's chunks among those of all sequences.
-
-    STRONG: none if none needs that form and it is not `sure` that some do.
-    """
+    """First and end of a program's chunks among all sequences'; STRONG: none if none needs that form."""
     if STRONG:
         first = tl.program_id(0) * CH
         end = tl.minimum(first + CH, n_sums)
         if not EXACT:  # noqa: SIM102  the first is known when this is compiled
-            if not (any_strong(p_sum, first, end - first, n_sums, K, BK, GROUP) | sure):
+            if not any_strong(p_sum, first, end - first, n_sums, K, BK, GROUP):
                 end = first
     else:
         i_bh = tl.program_id(2) * H + tl.program_id(1) // NV
@@ -657,14 +658,23 @@ def scan_kernel(
 
 @triton.jit
 def sum_over(mask, x):
-    """Sums of x [BT, BK] over the tokens that a 0/1 matrix [BT, BT] picks."""
-    return tl.dot(mask.to(tl.float32), x, input_precision='tf32x3')
+    """Sums of x [BT, BK] over the tokens that a 0/1 matrix [BT, BT] picks.
+
+    In as many products as tf32x3 has, which would leave out x's last two digits: exponents of 20 want them.
+    """
+    mask = mask.to(tl.float32)
+    high = cut(x, 'tf32')
+    rest = x - high
+    middle = cut(rest, 'tf32')
+    c = tl.dot(mask, rest - middle, input_precision='tf32')
+    c = tl.dot(mask, middle, c, input_precision='tf32')
+    return tl.dot(mask, high, c, input_precision='tf32')
 
 
 @triton.jit
 def decay_over(mask, ld):
     """exp2 of sums of log2 decays [BT, BK] over the tokens that a 0/1 matrix [BT, BT] picks."""
-    return tl.exp2(tl.dot(mask.to(tl.float32), ld, input_precision='tf32x3'))
+    return tl.exp2(sum_over(mask, ld))
 
 
 @triton.jit
@@ -928,9 +938,28 @@ def output_kernel(
 
 
 @triton.jit
+def loses_gradients(
+    p, i_c, N, s_n, inv, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
+    MODE: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Whether in some channel of a chunk the factored form's rounding may pass for the gates' gradients.
+
+    A gate's gradient is sigmoid(-g) times the pairs over it, of which its own decay leaves little if it is
+    strong; its error is sigmoid(-g) times 2^-17 of all pairs. Next to the gradients of mild gates that is
+    nothing, but not where all other gates are open.
+    """
+    ld, g = load_gates(p, i_c, N, s_n, inv, K, BT, BK, UNIT, MODE)
+    t = i_c * BT + tl.arange(0, BT)[:, None]
+    # The first token's gate, BACKWARD the last's, has no pairs and no error.
+    error = tl.where(t == (N - 1 if BACKWARD else 0), 0.0, sigmoid(-g.to(tl.float32)))
+    gradient = tl.max(error * tl.exp2(ld), 0)
+    return tl.max((gradient < tl.exp2(-LOST) * tl.max(error, 0)).to(tl.int32)) > 0
+
+
+@triton.jit
 def direction_gradients(
     q, k, v, do, g, u, half, dq, dk, da, da_low, da_t, da_t_low, p_v, p_o, p_g, p_dg, p_state, p_mask,
-    table, up_to, mask_q, mask_k, i_c, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
+    table, before, mask_q, mask_k, i_c, i_ask, there_ask, i_key, there_key, N, s_vn, s_on, s_gn, s_dgn, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, MODE: tl.constexpr, BACKWARD: tl.constexpr, STRONG: tl.constexpr,
     AGAIN: tl.constexpr,
@@ -943,9 +972,9 @@ def direction_gradients(
     the pairs of each query, of each key. AGAIN: g, u and the masks are loaded or made anew.
 
     A pair (t, s) adds p = da[t, s] * q_t * decay * k_s to the log decay of every token between the two:
-    summed up as running sums of q_t * dq_t - k_s * dk_s over the chunk's own tokens, to which come the
-    pairs from outside it. Each p enters twice, from the same rounded factors, so what must cancel does.
-    STRONG: nothing must, as a block's pairs are those of its halves and those between the two.
+    summed up as running sums of k_s * dk_s - q_t * dq_t over the chunk's own tokens before the gate, to
+    which come the pairs from outside it. Each p enters twice, from the same rounded factors, so what must
+    cancel does. STRONG: nothing must, as a block's pairs are those of its halves and those between the two.
     """
     xq = tl.zeros((BT, BK), tl.float32)
     xk = tl.zeros((BT, BK), tl.float32)
@@ -1000,29 +1029,28 @@ def direction_gradients(
         across *= half * half
         xq *= half[None, :]
         xk *= half[None, :]
-        kx = k_u * xk
+        qx = q_u * xq
         dq_u = product(masked(da_low, mask_q, MODE), k_u, xq, MODE)
         dq_u = product(masked(da, mask_q, MODE), k_u, dq_u, MODE)
         dk_u = product(masked(da_t_low, mask_k, MODE), q_u, xk, MODE)
         dk_u = product(masked(da_t, mask_k, MODE), q_u, dk_u, MODE)
-        p = q_u * dq_u - k_u * dk_u
+        p = k_u * dk_u - q_u * dq_u
         dq += eq * dq_u
         dk += ek * dk_u
-        across += tl.sum(kx, 0)
-        c = running_sum(up_to if BACKWARD else tl.trans(up_to), p, MODE)
+        across += tl.sum(qx, 0)
+        c = running_sum(tl.trans(before) if BACKWARD else before, p, MODE)
     # From log decays to logits: d log sigmoid(g) = sigmoid(-g).
     if AGAIN:
         g = load_tile(p_g, i_c, 0, N, s_gn, 0.0, K, BT, BK, UNIT)
-    # A single token has no pair but its own, in which no gate has a part: no rounding of it may be left.
-    dg = (across[None, :] + c) * (sigmoid(-g.to(tl.float32)) * tl.where(N > 1, inv, 0.0))
+    dg = (across[None, :] + c) * (sigmoid(-g.to(tl.float32)) * inv)
     store_tile(p_dg, dg, i_c, 0, N, s_dgn, K, BT, BK, UNIT)
     return dq, dk
 
 
 @triton.jit(do_not_specialize=INTS)
 def gradient_kernel(
-    p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_dv, p_df, p_db, p_state, p_sum, p_table, p_up_to, p_mask, N,
-    H, n_states,
+    p_q, p_k, p_v, p_f, p_b, p_o, p_dq, p_dk, p_dv, p_df, p_db, p_state, p_sum, p_table, p_before, p_mask,
+    N, H, n_states,
     s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_fb, s_fn, s_fh, s_bb, s_bn, s_bh, s_ob, s_on,
     s_oh, s_dqb, s_dqn, s_dqh, s_dkb, s_dkn, s_dkh, s_dvb, s_dvn, s_dvh, s_dfb, s_dfn, s_dfh, s_dbb, s_dbn,
     s_dbh, CH, scale, inv,
@@ -1032,7 +1060,8 @@ def gradient_kernel(
 ):  # fmt: skip
     """All gradients from the inputs, do and the entering states.
 
-    STRONG: as in output_kernel.
+    STRONG: as in output_kernel; and chunks whose gates' gradients the factored form loses, of which it has
+    made the sums of log2 decays strong ones.
     """
     if SAME:
         s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
@@ -1045,20 +1074,18 @@ def gradient_kernel(
     SHUFFLE: tl.constexpr = PAIR_MODE == 'tf32' and not STRONG
     n_chunks = tl.cdiv(N, BT)
     table = load_table(p_table, BALANCED, BT)
-    up_to = load_table(p_up_to, 0, BT)
+    before = load_table(p_before, 0, BT)
     AGAIN: tl.constexpr = BK > 16 and not STRONG  # registers are short: what can be made again is not kept
     if not AGAIN:
         past = load_table(p_mask, 0, BT)
         future = load_table(p_mask, 1, BT)
-    # A last chunk of one token has but its own pair, in which no gate has a part: the form that leaves it
-    # out gives the gates' gradients without its rounding, which is larger than all others of closed gates.
-    lone = N % BT == 1
-    first, end = chunks_of_program(p_sum, n_chunks, n_states, H, CH, 1, K, BK, STRONG, EXACT, GROUP, lone)
+    first, end = chunks_of_program(p_sum, n_chunks, n_states, H, CH, 1, K, BK, STRONG, EXACT, GROUP)
+    some_strong = False
     for j in range(0, end - first):
         i = first + j
         wanted = True
         if STRONG and not EXACT:
-            wanted = any_strong(p_sum, i, 1, n_states, K, BK, 1) | (lone & (i % n_chunks == n_chunks - 1))
+            wanted = any_strong(p_sum, i, 1, n_states, K, BK, 1)
         if wanted:
             i_b, i_h, i_bh = sequence_of(i, n_chunks, H, 1, STRONG)
             i_c = i - i_bh * n_chunks
@@ -1074,6 +1101,7 @@ def gradient_kernel(
 
             half_f = load_half_decay(p_sum, i, K, BK)
             half_b = load_half_decay(p_sum, n_states + i, K, BK)
+            some_strong |= tl.min(tl.minimum(half_f, half_b)) < tl.exp2(-0.5 * LOST)
             lf, gf = load_gates(f_at, i_c, N, s_fn, inv, K, BT, BK, UNIT, MODE)
             lb, gb = load_gates(b_at, i_c, N, s_bn, inv, K, BT, BK, UNIT, MODE)
             af, ab, kf, kb, uf, ub = chunk_pairs(k, q, lf, lb, table, BT, MODE, PAIR_MODE, True, STRONG)
@@ -1135,13 +1163,13 @@ def gradient_kernel(
                 k = nudged(k, MODE)
             dq, dk = direction_gradients(
                 q, k, v, do, gf, uf, half_f, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, f_at,
-                at(p_df, i_b, i_h, s_dfb, s_dfh, UNIT), p_state, p_mask, table, up_to, past, future, i_c,
+                at(p_df, i_b, i_h, s_dfb, s_dfh, UNIT), p_state, p_mask, table, before, past, future, i_c,
                 i - 1, left, n_states * 2 + i + 1, right, N, s_vn, s_on, s_fn, s_dfn, inv, K, V, BT, BK, BV,
                 UNIT, MODE, False, STRONG, AGAIN,
             )  # fmt: skip
             dq, dk = direction_gradients(
                 q, k, v, do, gb, ub, half_b, dq, dk, da, da_low, da_t, da_t_low, v_at, o_at, b_at,
-                at(p_db, i_b, i_h, s_dbb, s_dbh, UNIT), p_state, p_mask, table, up_to, future, past, i_c,
+                at(p_db, i_b, i_h, s_dbb, s_dbh, UNIT), p_state, p_mask, table, before, future, past, i_c,
                 n_states + i + 1, right, n_states * 3 + i - 1, left, N, s_vn, s_on, s_bn, s_dbn, inv, K, V,
                 BT, BK, BV, UNIT, MODE, True, STRONG, AGAIN,
             )  # fmt: skip
@@ -1149,3 +1177,16 @@ def gradient_kernel(
             dk_at = at(p_dk, i_b, i_h, s_dkb, s_dkh, UNIT)
             store_tile(dq_at, dq * scale, i_c, 0, N, s_dqn, K, BT, BK, UNIT)
             store_tile(dk_at, dk, i_c, 0, N, s_dkn, K, BT, BK, UNIT)
+    if not STRONG:  # noqa: SIM102  the first is known when this is compiled
+        if some_strong:
+            for i in range(first, end):
+                if any_strong(p_sum, i, 1, n_states, K, BK, 1, LOST):
+                    i_b, i_h, i_bh = sequence_of(i, n_chunks, H, 1, STRONG)
+                    i_c = i - i_bh * n_chunks
+                    f_at = at(p_f, i_b, i_h, s_fb, s_fh, UNIT)
+                    b_at = at(p_b, i_b, i_h, s_bb, s_bh, UNIT)
+                    lost = loses_gradients(f_at, i_c, N, s_fn, inv, K, BT, BK, UNIT, MODE, False)
+                    lost |= loses_gradients(b_at, i_c, N, s_bn, inv, K, BT, BK, UNIT, MODE, True)
+                    if lost:
+                        tl.debug_barrier()  # all threads have read the sum
+                        store_sum(p_sum, tl.full((BK,), LEAST, tl.float32), i, K, BK)

@@ -151,15 +151,15 @@ MAX_GRID = 65535
 
 @lasting_cache
 def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Constants of the kernels: tables [5, BT, BT], UP_TO in bf16, and masks of queries [2, BT, BT]."""
+    """Constants of the kernels: tables [5, BT, BT], BEFORE in bf16, and masks of queries [2, BT, BT]."""
     row = torch.arange(block_t, device=device)[:, None]
     column = row.T
     balanced = (column <= row).float() - 0.5
     sums = [balanced, column <= row, column > row, column < row, column >= row]
     sums = torch.stack(sums).to(torch.float16)
-    up_to = (column <= row).to(torch.float32 if INTERPRETED else torch.bfloat16)
+    before = (column < row).to(torch.float32 if INTERPRETED else torch.bfloat16)
     masks = -torch.stack([column <= row, column >= row]).to(torch.int16)
-    return sums, up_to, masks
+    return sums, before, masks
 
 
 @functools.lru_cache(maxsize=4096)
@@ -346,10 +346,10 @@ def backward(
     make_states(
         inputs, state, sums, num_chunks, strides[:18], common, key, widths, 'back_states', unit, same, 1
     )
-    table, up_to, masks = tables(v.device, block_t)
+    table, before, masks = tables(v.device, block_t)
     mild_then_strong(
         kernels.gradient_kernel, key, num_chunks, (heads, 1, batch),
-        (*inputs, dq, dk, dv, dgf, dgb, state, sums, table, up_to, masks, num_tokens, heads, n_states,
+        (*inputs, dq, dk, dv, dgf, dgb, state, sums, table, before, masks, num_tokens, heads, n_states,
          *strides),
         common, widths, 'gradient', {'UNIT': unit, 'SAME': same},
     )  # fmt: skip
