@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from mmengine.dist import all_reduce, get_world_size, is_main_process
+from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as _CheckpointHook
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
@@ -200,6 +200,7 @@ def _is_to_stop(runner: Runner) -> bool:
 
 def _stop(runner: Runner) -> NoReturn:
     """End the run after SIGTERM with the status that a shell gives it."""
+    barrier()  # torchrun ends all processes once one has ended, and the first may be saving
     pointer = Path(runner.work_dir, _POINTER)
     if pointer.is_file():
         how = f'--resume continues from {Path(pointer.read_text()).name}'
