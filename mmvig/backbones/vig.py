@@ -73,8 +73,8 @@ class ViG(Backbone):
         frozen_stages: -1 freezes nothing, 0 the stem and the position embedding, i > 0 also the first i
             blocks with their output norms (no gradient, evaluation mode). Default: -1.
         with_cp: recompute each block in the backward pass to save memory. Default: False.
-        cuda_graphs: which inputs to run as CUDA graphs (:mod:`mmvig.cuda_graphs`). 'auto': of a shape
-            that comes several times in a row. A number: of that many shapes; with_cp takes none.
+        cuda_graphs: which inputs to run as CUDA graphs (:mod:`mmvig.cuda_graphs`). 'auto': those
+            that come again and again. A number: the most graphs at a time; with_cp takes none.
             Default: 'auto'.
         backend: BiGLA's, see :func:`mmvig.ops.bigla.bigla`; all else in a block is on fused kernels with
             'triton', and with 'auto' where they can run. Default: 'auto'.
