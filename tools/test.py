@@ -116,6 +116,7 @@ def main() -> None:
         args = parse_args()
         check_arguments(args)
         cfg = cli.load_config(args)
+        cli.use_expandable_segments()
         preflight.check_writable('--work-dir', cfg.work_dir, folder=True)
         cfg.load_from = args.checkpoint
     with errors.said_in_one_line(cfg):

@@ -81,6 +81,7 @@ def main() -> None:
     with preflight.one_line_errors():
         args = parse_args()
         cfg = cli.load_config(args)
+        cli.use_expandable_segments()
         if args.amp:
             use_amp(cfg, args.amp)
         if args.auto_scale_lr:

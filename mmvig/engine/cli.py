@@ -102,6 +102,15 @@ def load_config(args: Namespace) -> Config:
     return cfg
 
 
+def use_expandable_segments() -> None:
+    """Let PyTorch's memory grow in place where sizes change, unless the environment says how it is to grow.
+
+    Before anything is on a GPU: PyTorch reads the variable then.
+    """
+    if not {'PYTORCH_CUDA_ALLOC_CONF', 'PYTORCH_ALLOC_CONF'} & set(os.environ):
+        os.environ['PYTORCH_CUDA_ALLOC_CONF'] = 'expandable_segments:True'
+
+
 def check_complete(cfg: Config) -> None:
     """Check that a config has all that a runner is built from.
 
