@@ -935,3 +935,41 @@ def test_nested_inputs_and_outputs(deterministic):
             each.zero_grad()
         assert_same(*results)
     assert head.forward.graphs.outcomes()['replay'] == CALLS
+
+
+def train_in_a_group(rank, file, results):
+    """Train with DDP on one of two GPUs, with graphs and without: parameters, losses, eager calls."""
+    global DEVICE
+    DEVICE = f'cuda:{rank}'
+    torch.cuda.set_device(rank)
+    torch.backends.cudnn.deterministic = True
+    torch.distributed.init_process_group('nccl', init_method=f'file://{file}', rank=rank, world_size=2)
+    found = []
+    for limit in ('auto', 0):
+        model = make(cuda_graphs=limit, drop_path_rate=0.0)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=[rank])
+        losses = []
+        for step in range(2 * CALLS):
+            model.zero_grad(set_to_none=True)
+            parts = [images(10 * step + 2 * part + rank, side=64 + 32 * (step % 2)) for part in range(2)]
+            with wrapped.no_sync():  # accumulated
+                loss_of(wrapped(parts[0])).backward()
+            loss = loss_of(wrapped(parts[1]))
+            loss.backward()
+            losses.append(loss.item())
+            change_weights(model)
+        found.append(([p.cpu() for p in model.parameters()], losses, model.graphs.outcomes()))
+    torch.save(found, f'{results}/{rank}.pth')
+    torch.distributed.destroy_process_group()
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='two GPUs train together')
+def test_several_gpus_train_as_without_graphs(tmp_path):
+    torch.multiprocessing.spawn(train_in_a_group, (tmp_path / 'group', tmp_path), nprocs=2)
+    ranks = [torch.load(tmp_path / f'{rank}.pth', weights_only=False) for rank in range(2)]
+    for (graphed, losses, outcomes), (plain, expected, _) in ranks:
+        assert_same(graphed, plain)
+        assert losses == expected
+        assert outcomes['capture'] == 2 and outcomes['replay'] > CALLS
+    assert_same(ranks[0][0][0], ranks[1][0][0])
