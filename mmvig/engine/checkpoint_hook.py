@@ -200,7 +200,9 @@ def _is_to_stop(runner: Runner) -> bool:
 
 def _stop(runner: Runner) -> NoReturn:
     """End the run after SIGTERM with the status that a shell gives it."""
-    barrier()  # torchrun ends all processes once one has ended, and the first may be saving
+    # torchrun sends SIGTERM to all processes once one has ended, and the first may be saving.
+    runner.stop_signal.ignore()
+    barrier()
     pointer = Path(runner.work_dir, _POINTER)
     if pointer.is_file():
         how = f'--resume continues from {Path(pointer.read_text()).name}'

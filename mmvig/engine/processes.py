@@ -38,11 +38,15 @@ class StopSignal:
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
-    def __exit__(self, kind: type | None, *_) -> None:
+    def __exit__(self, *_) -> None:
         if self._main:
-            # torchrun sends it again to the process that is the last to end.
-            ending = self.received and kind is SystemExit
-            signal.signal(signal.SIGTERM, signal.SIG_IGN if ending else self._before)
+            signal.signal(signal.SIGTERM, self._before)
+
+    def ignore(self) -> None:
+        """Ignore SIGTERM from here on, in a process that is ending."""
+        self._before = signal.SIG_IGN
+        if self._main:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _note(self, *_) -> None:
         now = time.monotonic()
