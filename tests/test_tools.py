@@ -12,55 +12,19 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from programs import TOOLS, run_well
+from programs import SETTINGS, TOOLS, run_tool, run_well
+from small_configs import MASK_RCNN, UPERNET, write_small
 
-from mmvig.datasets.shapes import ensure_shapes
 from mmvig.engine import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-MASK_RCNN = ROOT / 'configs/detection/maskrcnn_vigh_t_shapes_cpu.py'
-UPERNET = ROOT / 'configs/segmentation/upernet_vigh_t_shapes.py'
-
-# The real configs, made small: a few seconds of work a step.
-SHRINK = """
-_base_ = [{base!r}]
-data_root = {data!r}
-data = dict(dataset=dict(data_root=data_root))
-data.update(batch_size=2, num_workers=0, persistent_workers=False)
-train_dataloader = data
-val_dataloader = data
-test_dataloader = data
-train_cfg = dict(max_iters=2, val_interval=2)
-default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
-arch = dict(_delete_=True, embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
-channels = [32, 64, 128, 256]
-"""
-SHRINK_MASK_RCNN = """
-model = dict(backbone=dict(arch=arch), neck=dict(in_channels=channels))
-val_evaluator = dict(ann_file=data_root + '/annotations/instances_val.json')
-test_evaluator = val_evaluator
-"""
-SHRINK_UPERNET = """
-head = dict(channels=16)
-model = dict(
-    backbone=dict(arch=arch),
-    decode_head=dict(in_channels=channels, **head),
-    auxiliary_head=dict(in_channels=channels[2], **head),
-)
-"""
 
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
-    """A folder with a tiny shapes set and the two small configs."""
+    """A folder with a tiny shapes set and two small configs."""
     folder = tmp_path_factory.mktemp('work')
-    ensure_shapes(folder / 'shapes', num_train=4, num_val=2)
-    for name, base, more in (
-        ('mask_rcnn', MASK_RCNN, SHRINK_MASK_RCNN),
-        ('upernet', UPERNET, SHRINK_UPERNET),
-    ):
-        text = SHRINK.format(base=str(base), data=str(folder / 'shapes')) + more
-        (folder / f'{name}.py').write_text(text)
+    write_small(folder, train=4, val=2, iterations=2)
     return folder
 
 
@@ -112,9 +76,33 @@ def pictures(folder):
     return found
 
 
-def test_detection_from_quick_start_to_resumed_and_tested(work, tmp_path):
-    config, run = work / 'mask_rcnn.py', tmp_path / 'run'
-    said = run_well('quickstart.py', '--config', config, '--work-dir', run, cwd=tmp_path)
+@pytest.fixture
+def quick_start(monkeypatch, capsys, tmp_path):
+    """Run tools/quickstart.py in this process; its training in a fork, which has its imports."""
+    start = subprocess.run
+
+    def train_in_fork(command):
+        if Path(command[1]).name == 'train.py':
+            result = run_tool('train.py', *command[2:], cwd=tmp_path)
+        else:
+            result = start(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True)
+        print(result.stderr, file=sys.stderr)
+        return result
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, 'argv', ['quickstart.py', *map(str, arguments)])
+        with monkeypatch.context() as patch:
+            patch.setattr(subprocess, 'run', train_in_fork)
+            load('quickstart.py').main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_detection_from_quick_start_to_resumed_and_tested(work, quick_start, tmp_path):
+    config, run = work / 'detector.py', tmp_path / 'run'
+    said = quick_start('--config', config, '--work-dir', run)
     for step in ('train.py', 'test.py', 'demo.py', 'plot_curves.py'):
         assert len([line for line in said.splitlines() if line.startswith('$') and step in line]) == 1
     metrics = log_of(run / 'test')
@@ -143,9 +131,9 @@ def test_detection_from_quick_start_to_resumed_and_tested(work, tmp_path):
 
 
 def test_segmentation_from_training_to_pictures(work, tmp_path):
-    config = work / 'upernet.py'
+    config = work / 'segmentor.py'
     run_well('train.py', config, cwd=tmp_path)
-    run = tmp_path / 'work_dirs/upernet'
+    run = tmp_path / 'work_dirs/segmentor'
     assert logged_iterations(run) == [[1, 2]]
 
     out = ['--out', 'labels', '--show-dir', 'shown', '--tta', '--work-dir', 'tested']
@@ -252,7 +240,7 @@ def test_checkpoints_of_another_model_are_neither_tested_nor_shown(tool, work, t
     torch.save({'state_dict': {'decode_head.conv_seg.bias': torch.zeros(7)}, 'meta': {}}, 'it.pth')
     images = work / 'shapes/images/val'
     for script, *more in (['test.py', '--work-dir', 'run'], ['demo.py', images]):
-        line = tool(script, work / 'mask_rcnn.py', 'it.pth', *more)
+        line = tool(script, work / 'detector.py', 'it.pth', *more)
         assert 'it.pth cannot be loaded' in line
         assert 'Missing key(s) in state_dict' in line
 
@@ -356,7 +344,7 @@ def test_what_a_test_could_not_show_or_write_is_said_before_it(
     for name in ('DISPLAY', 'WAYLAND_DISPLAY', 'RANK'):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / 'it.pth').touch()
-    assert reason in tool('test.py', work / 'mask_rcnn.py', 'it.pth', *options)
+    assert reason in tool('test.py', work / 'detector.py', 'it.pth', *options)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +369,8 @@ def test_a_step_that_fails_ends_the_quick_start(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'argv', ['quickstart.py', '--work-dir', str(tmp_path / 'run')])
     with pytest.raises(SystemExit, match=r'^3$'):
         load('quickstart.py').main()
-    assert len(commands) == 1 and commands[0][1].endswith('train.py')
+    ((python, script, *_),) = commands
+    assert Path(python).samefile(sys.executable) and script.endswith('train.py')
 
 
 def test_what_a_quick_start_cannot_use_is_said_before_it_trains(tool, tmp_path):

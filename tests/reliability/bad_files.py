@@ -10,34 +10,8 @@ import cv2
 import numpy as np
 import torch
 from programs import run_well
+from small_configs import write_small
 
-from mmvig.datasets.shapes import ensure_shapes
-
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = """
-_base_ = [{base!r}]
-data_root = {data!r}
-data = dict(dataset=dict(data_root=data_root))
-data.update(batch_size=2, num_workers=0, persistent_workers=False)
-train_dataloader = data
-val_dataloader = data
-test_dataloader = data
-train_cfg = dict(max_iters=1, val_interval=1)
-default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
-arch = dict(_delete_=True, embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
-"""
-DETECTOR = """
-model = dict(backbone=dict(arch=arch), neck=dict(in_channels=[32, 64, 128, 256]))
-val_evaluator = dict(ann_file=data_root + '/annotations/instances_val.json')
-test_evaluator = val_evaluator
-"""
-SEGMENTOR = """
-model = dict(
-    backbone=dict(arch=arch),
-    decode_head=dict(in_channels=[32, 64, 128, 256], channels=16),
-    auxiliary_head=dict(in_channels=128, channels=16),
-)
-"""
 CONFIGS = {
     'syntax.py': 'model = dict(',
     'name.py': 'model = dict(type=nothing)',
@@ -83,14 +57,7 @@ class _Code:
 
 def prepare(folder: Path) -> Files:
     """Make them all."""
-    ensure_shapes(folder / 'shapes', num_train=2, num_val=1)
-    for name, base, more in (
-        ('detector', 'detection/maskrcnn_vigh_t_shapes_cpu.py', DETECTOR),
-        ('segmentor', 'segmentation/upernet_vigh_t_shapes.py', SEGMENTOR),
-    ):
-        text = SMALL.format(base=str(ROOT / 'configs' / base), data=str(folder / 'shapes')) + more
-        (folder / f'{name}.py').write_text(text)
-    detector = folder / 'detector.py'
+    detector, segmentor = write_small(folder, train=2, val=1, iterations=1)
     bare = [
         "model = dict(type='A')",
         'train_dataloader = train_cfg = dict()',
@@ -109,7 +76,7 @@ def prepare(folder: Path) -> Files:
     return Files(
         folder,
         detector,
-        folder / 'segmentor.py',
+        segmentor,
         folder / 'bare.py',
         folder / 'good.pth',
         image,

@@ -30,30 +30,12 @@ import mmdet.apis  # noqa: F401  once for all runs
 import yapf.yapflib.yapf_api
 from programs import SETTINGS, TOOLS
 from reliability.checkpoint_files import write_files
+from small_configs import write_small
 
-from mmvig.datasets.shapes import ensure_shapes
 from mmvig.engine import cli, work_dir
 from mmvig.engine.errors import said_in_one_line
 
 READY = Namespace()  # what :func:`prepare` builds
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = """
-_base_ = [{base!r}]
-data_root = {data!r}
-data = dict(dataset=dict(data_root=data_root))
-data.update(batch_size=1, num_workers=0, persistent_workers=False)
-train_dataloader = data
-val_dataloader = data
-test_dataloader = data
-train_cfg = dict(max_iters=1, val_interval=1000)
-default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=1))
-arch = dict(_delete_=True, embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
-channels = [32, 64, 128, 256]
-model = dict(backbone=dict(arch=arch), neck=dict(in_channels=channels))
-val_evaluator = dict(ann_file=data_root + '/annotations/instances_val.json')
-test_evaluator = val_evaluator
-"""
-
 
 # The paths: what is run with a file, in an empty folder. `{}` in an argument is the file.
 TRAIN = ('train.py', 'small.py', '--work-dir', 'run')
@@ -224,9 +206,8 @@ def prepare(folder: Path) -> tuple[Path, Path]:
     """
     start = folder / 'start'
     start.mkdir()
-    ensure_shapes(folder / 'shapes', num_train=2, num_val=1)
-    base = ROOT / 'configs/detection/maskrcnn_vigh_t_shapes_cpu.py'
-    (start / 'small.py').write_text(CONFIG.format(base=str(base), data=str(folder / 'shapes')))
+    detector, _ = write_small(folder, train=2, val=1, iterations=1, batch_size=1, val_interval=1000)
+    detector.rename(start / 'small.py')
     image = next(path for path in (folder / 'shapes').rglob('*') if path.suffix in ('.jpg', '.png'))
     shutil.copyfile(image, start / 'image.jpg')
     result = run_tool(*TRAIN[:2], '--work-dir', str(folder / 'good'), cwd=start)
