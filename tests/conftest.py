@@ -13,12 +13,16 @@ import mmvig.compat  # noqa: F401  must precede any import of mmcv.ops
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import interpreter
 import mmengine.runner.checkpoint as mmengine_checkpoint
 import pytest
 from mmengine.fileio.handlers import registry_utils
 from mmengine.registry import WEIGHT_INITIALIZERS
 
 from mmvig import reading
+
+if not torch.cuda.is_available():
+    interpreter.prepare_once_a_kernel()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from golden import (
     GOLDEN,
+    MINI,
     array,
     official_plain_shapes,
     official_plain_state_dict,
@@ -99,7 +100,7 @@ def test_there_and_back(tool, monkeypatch, arch, options):
 
 
 def test_values_and_shapes_are_bit_equal(tool):
-    weights = official_state_dict('tiny', classifier=True)
+    weights = official_state_dict('mini', classifier=True)
     official = {key: value.bfloat16() for key, value in weights.items()}
     ours = converted(tool, {f'module.{key}': value for key, value in official.items()})
     back = converted(tool, ours, '--to', 'official')['model']
@@ -145,10 +146,10 @@ def test_classifiers_give_the_official_logits(tool, backbone, width, weights, im
 
 
 def test_backbones_load_strictly(tool):
-    official = official_state_dict('tiny')
+    official = official_state_dict('mini')
     ours = converted(tool, official)['state_dict']
     assert list(ours) == [checkpoints.our_name(name) for name in official]
-    loaded, expected = ViGH('tiny'), ViGH('tiny')
+    loaded, expected = ViGH(MINI), ViGH(MINI)
     loaded.load_state_dict(ours)
     expected.load_state_dict(official)
     for name, value in expected.state_dict().items():
@@ -201,7 +202,7 @@ def test_missing_and_broken_files(tool, script):
 
 
 def test_what_cannot_be_written_leaves_nothing(tool, monkeypatch):
-    torch.save(official_state_dict('tiny'), 'in.pth')
+    torch.save(official_state_dict('mini'), 'in.pth')
     Path('file').touch()
     status, _, (line,) = tool(CONVERT, 'in.pth', 'file/out.pth')
     assert status == 2 and 'file/out.pth cannot be written' in line
@@ -299,7 +300,7 @@ def test_weights_that_are_not_whole_are_not_published(tool, changes, message):
 @pytest.mark.parametrize('script', [CONVERT, PUBLISH])
 def test_outputs_that_would_replace_something(tool, script):
     """A folder for OUT once gave a file beside it, and the same file replaced the input."""
-    torch.save(official_state_dict('tiny') if script == CONVERT else training_checkpoint(), 'in.pth')
+    torch.save(official_state_dict('mini') if script == CONVERT else training_checkpoint(), 'in.pth')
     before = Path('in.pth').read_bytes()
     Path('folder').mkdir()
     for out in ('folder', 'folder/', 'new/'):
