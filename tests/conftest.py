@@ -22,7 +22,7 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from mmvig import reading
 
 if not torch.cuda.is_available():
-    interpreter.prepare_once_a_kernel()
+    interpreter.hurry()
 
 
 @pytest.fixture(autouse=True)

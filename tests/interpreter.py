@@ -1,10 +1,18 @@
-"""Triton's interpreter in half the time."""
+"""Triton's interpreter in a third of its time, with the same results."""
+
+import dataclasses
 
 from triton.runtime import interpreter
 
 
-def prepare_once_a_kernel() -> None:
-    """Have it prepare a module's language once a kernel, and not at each call of a function of it."""
+def hurry() -> None:
+    """Leave out what has no effect; to be called once."""
+    options = interpreter.interpreter_builder.options
+    if getattr(options, 'sanitize_overflow', False) and not options.debug:
+        # Each sum is done again in 64 bits, for an assertion that is made with `debug` alone.
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+    # The language is prepared again at each call of a device function: once a kernel and module is enough.
     prepare, run, prepared = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
 
     def prepare_once(function):
@@ -13,8 +21,8 @@ def prepare_once_a_kernel() -> None:
             prepared.add(module)
             return prepare(function)
 
-    def run_afresh(*arguments, **options):
-        prepared.clear()  # what a kernel has prepared is undone at its end
-        return run(*arguments, **options)
+    def run_afresh(*arguments, **keywords):
+        prepared.clear()  # the end of a kernel undoes what its beginning prepared
+        return run(*arguments, **keywords)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = prepare_once, run_afresh
