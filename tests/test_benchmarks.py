@@ -10,9 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from programs import run_well
+from small_configs import write_small
 from torch import nn
 
+from mmvig.engine.preflight import SetupError
 from mmvig.ops import bigla
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -332,3 +336,83 @@ def test_images_have_the_configs_size(module, config, shape):
     assert swin.model.backbone.type == 'SwinTransformer'
     swin.model.backbone = ours.model.backbone
     assert swin.to_dict() == ours.to_dict()
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """A detector's config and a segmentor's, of a few small pictures."""
+    return write_small(tmp_path_factory.mktemp('small'), 6, 3, 4)
+
+
+def test_the_job(small, tmp_path):
+    """One model, in a process of its own."""
+    options = ['--peers', '--amp', 'none', '--warm-up', 1, '--iterations', 4, '--turn', 2, '--skip', 1]
+    said = run_well('benchmark/training.py', str(small[0]), *options, cwd=tmp_path)
+    out = tmp_path / 'work_dirs/benchmark'
+    (row,) = json.loads((out / 'training.json').read_text())['rows']
+    assert row['status'] == 'ok' and row['iterations'] == 4 and (out / 'training.png').exists()
+    assert row['mean'] == pytest.approx(sum(row['parts'].values()))
+    assert_positive(
+        row['parts'], {'data', 'preprocessing', 'backbone', 'neck', 'heads', 'backward', 'step'}
+    )
+    assert sum(row['sizes'].values()) == 6 and row['replayed'] is None and row['gpu'] is None
+    assert f'{row["mean"] * 1e3:.1f}' in said
+
+
+@pytest.mark.parametrize('which', [0, 1])
+@pytest.mark.parametrize('inference', [False, True])
+def test_turns_of_the_job(small, tmp_path, module, which, inference):
+    training = module('training')
+    cfg = Config.fromfile(small[which])
+    cfg.launcher, cfg.work_dir = 'none', str(tmp_path)
+    if which == 0:
+        cfg.merge_from_dict({'model.test_cfg.rpn.max_per_img': 20, 'model.test_cfg.rcnn.max_per_img': 5})
+    asked, found = iter([2, -1, 0]), []
+    turns = training.Turns(0.0, lambda facts: found.append(facts['rows']) or next(asked))
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        training.run(cfg, inference, turns)
+    assert [len(rows) for rows in found] == [1, 2, 1]
+    for row in found[1]:
+        parts = {name: row[name] for name in training.PARTS if name in row}
+        assert row['whole'] == pytest.approx(sum(parts.values()))
+        assert ('backward' in parts) == (not inference) and min(parts.values()) >= 0
+
+
+def test_peers_of_the_job(module):
+    training = module('training')
+    cfg = Config.fromfile(ROOT / 'configs/detection/maskrcnn_vigh_s.py')
+    swin = training.with_peer(cfg, 'swin')
+    assert swin.model.backbone.depths == (2, 2, 18, 2) and 'mmvig.RPNHead' in str(swin)
+    own = training.with_own_loop(swin)
+    used = 'model', 'train_dataloader', 'val_dataloader', 'optim_wrapper', 'default_hooks', 'custom_hooks'
+    assert 'mmvig.' not in str([own[key] for key in used])
+    assert own.train_dataloader.num_workers == 2 and own.runner_type == 'Runner'
+    assert own.model.rpn_head.anchor_generator == {
+        **swin.model.rpn_head.anchor_generator,
+        'type': 'AnchorGenerator',
+    }
+    assert cfg.model.backbone.type == 'mmvig.ViGH' and swin.train_dataloader.num_workers == 4
+    resnet = training.with_peer(
+        Config.fromfile(ROOT / 'configs/segmentation/upernet_vigh_s.py'), 'resnet50'
+    )
+    assert resnet.model.decode_head.in_channels == [256, 512, 1024, 2048]
+    with pytest.raises(SetupError, match='no swin of the size'):
+        cfg.model.backbone.arch = {'embed_dims': 32}
+        training.with_peer(cfg, 'swin')
+
+
+def test_busy_time_counts_what_overlaps_once(module):
+    cuda = torch.autograd.DeviceType.CUDA
+    spans = [
+        (0, 10, cuda),
+        (5, 20, cuda),
+        (30, 31, cuda),
+        (6, 7, cuda),
+        (40, 90, torch.autograd.DeviceType.CPU),
+    ]
+    events = [
+        SimpleNamespace(time_range=SimpleNamespace(start=start, end=end), device_type=device)
+        for start, end, device in spans
+    ]
+    busy = module('training').busy_seconds(SimpleNamespace(events=lambda: events))
+    assert busy == pytest.approx(21e-6)
