@@ -79,8 +79,8 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """[B, H, W, C] -> the next stage's input, this one's result, and the map [B, C, H, W] of its norm.
 
-        ``norm``, the backbone's output norm, is computed here, in one pass with the last sum. The map is
-        None where there is none, or one that must be called: by its parent, where counters look for it.
+        ``norm``, the backbone's output norm, is computed here, in one pass with the last sum. The backbone
+        does not hand over one that must be called; it calls that itself, where counters look for it.
         """
         state = x, None, None
         factors = draw_factors((block.drop_path for block in self.blocks), x)
@@ -89,7 +89,7 @@ class Stage(nn.Module):
                 state = checkpoint(block, *state, of_block, use_reentrant=False)
             else:
                 state = block(*state, of_block)
-        if norm is not None and is_plain_norm(norm, x.shape[3], MAP_NORMS):
+        if norm is not None:
             x, y = add_and_normalise(norm, *state, self.backend, as_map=True)
         else:
             x, y = add(*state), None
@@ -214,9 +214,10 @@ class ViGH(Backbone):
         maps = []
         for i, stage in enumerate(self.stages):
             norm = getattr(self, f'norm{i}', None)
-            x, result, y = stage(x, norm)
+            is_plain = norm is not None and is_plain_norm(norm, self.num_features[i], MAP_NORMS)
+            x, result, y = stage(x, norm if is_plain else None)
             if norm is not None:
-                maps.append(normalise(norm, result, as_map=True) if y is None else y)
+                maps.append(y if is_plain else normalise(norm, result, as_map=True))
         return tuple(maps)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:

@@ -247,6 +247,17 @@ def test_hooks_of_output_norms_see_the_maps(family):
         assert torch.autograd.grad(y.sum(), seen[i], retain_graph=True)[0].abs().sum() > 0
 
 
+def test_a_stage_is_handed_no_norm_that_must_be_called():
+    """As where accelerate keeps its weights on disk: its hooks move all that a stage is handed."""
+    model, handed = make('ViGH'), []
+    before = run(model, train=False)
+    model.norm1.register_forward_pre_hook(lambda *_: None)
+    for stage in model.stages:
+        stage.register_forward_pre_hook(lambda module, inputs: handed.append(inputs[1]))
+    assert is_same(run(model, train=False), before)
+    assert handed == [model.norm0, None]
+
+
 @pytest.mark.parametrize('family', MODELS)
 def test_a_replaced_linear_layer_has_its_bias(family):
     for name in ('mixer.out', 'mixer.qkv', 'mixer.decay_down', 'mlp.fc1', 'mlp.fc2'):
