@@ -20,7 +20,8 @@ class LoadAnnotations(_LoadAnnotations):
     Bitmaps are large, and are drawn, resized, sent from worker to trainer and padded; polygons are not, and
     mask targets are drawn from them at once. mmdet's transforms and its Mask R-CNN take both, also mixed in
     one batch. mmdet has bitmaps alone for Expand, Albu, CopyPaste and RandomErasing, and for Mosaic and
-    MixUp of data of which only a part has RLE masks: take its own LoadAnnotations there.
+    MixUp of data of which only a part has RLE masks: take its own LoadAnnotations there, and for Rotate
+    with mmdet 3.3.0, which turns polygons another way than bitmaps.
 
     Args:
         kwargs: mmdet's, without ``poly2mask``.

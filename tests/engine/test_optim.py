@@ -10,7 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DefaultScope
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -22,6 +22,7 @@ ADAMW = {'type': 'AdamW', 'lr': LR, 'weight_decay': DECAY}
 KEYS = {'custom_keys': {'head': {'lr_mult': 10.0, 'decay_mult': 1.0}}, 'flat_decay_mult': 0.0}
 
 
+@MODELS.register_module('LinearOfTest', force=True)  # by name: upstream dumps no classes
 class Model(BaseModel):
     def __init__(self):
         super().__init__()
@@ -147,6 +148,7 @@ def test_states_that_do_not_fit_are_refused():
         ours.optimizer.load_state_dict(other.optimizer.state_dict())
 
 
+@DATASETS.register_module('NoiseOfTest', force=True)
 class Noise(Dataset):
     def __len__(self):
         return 8
@@ -167,12 +169,12 @@ SCHEDULES = {
 def run(folder, constructor, iterations, schedule, resume=None):
     """Train some iterations of eight; return the runner and each iteration's logged learning rates."""
     cfg = Config({
-        'model': {'type': Model},
+        'model': {'type': 'LinearOfTest'},
         'work_dir': str(folder),
         'randomness': {'seed': 0},
         'train_dataloader': {
             'batch_size': 4,
-            'dataset': {'type': Noise},
+            'dataset': {'type': 'NoiseOfTest'},
             'sampler': {'type': 'InfiniteSampler', 'shuffle': False},
         },
         'train_cfg': {'type': 'IterBasedTrainLoop', 'max_iters': iterations},
