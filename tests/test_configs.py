@@ -25,6 +25,7 @@ DETECTION = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob('detect
 SEGMENTATION = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob('segmentation/*.py'))
 CONFIGS = DETECTION + SEGMENTATION
 PUBLISHED = [name for name in CONFIGS if re.search(r'_vigh_[tsb](_3x_ms)?\.py$', name)]
+SIZE = (32, 64)  # of an image
 LOADED = (
     'detection/maskrcnn_vigh_t.py',
     'detection/maskrcnn_vigh_t_3x_ms.py',
@@ -41,7 +42,7 @@ def load(name):
     return cfg
 
 
-def batch_for(cfg, size=(64, 96)):
+def batch_for(cfg, size=SIZE):
     """Two random images with ground truth, as the data loader gives them."""
     if cfg.default_scope == 'mmdet':
         classes = cfg.model.roi_head.bbox_head.num_classes
@@ -87,7 +88,7 @@ def test_model_trains_a_step_and_predicts(name):
     torch.manual_seed(0)
     cfg = load(name)
     if 'size' in cfg.model.data_preprocessor:
-        cfg.model.data_preprocessor.size = (64, 96)
+        cfg.model.data_preprocessor.size = SIZE
     if 'roi_head' in cfg.model:
         take_few_regions(cfg)
     model = MODELS.build(cfg.model)
@@ -110,10 +111,10 @@ def test_model_trains_a_step_and_predicts(name):
     assert len(predictions) == 2
     if cfg.default_scope == 'mmdet':
         found = predictions[0].pred_instances
-        assert found.masks.shape == (len(found), 64, 96)
+        assert found.masks.shape == (len(found), *SIZE)
         assert found.bboxes.shape == (len(found), 4)
     else:
-        assert predictions[0].pred_sem_seg.shape == (64, 96)
+        assert predictions[0].pred_sem_seg.shape == SIZE
 
 
 # config: arch, drop path, channels of the four stages

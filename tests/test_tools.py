@@ -152,8 +152,8 @@ def test_segmentation_from_training_to_pictures(work, tmp_path):
 
 
 def test_missing_data_ends_a_run_with_one_line(tmp_path):
-    command = [sys.executable, TOOLS / 'train.py', ROOT / 'configs/detection/maskrcnn_vigh_t.py']
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    """Of a new interpreter too: see tests/test_packaging.py."""
+    result = run_tool('train.py', ROOT / 'configs/detection/maskrcnn_vigh_t.py', cwd=tmp_path)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert str(tmp_path / 'data/coco') in line

@@ -3,6 +3,9 @@
 On CPUs, and on a GPU (pytest -m gpu), where a block is one operator as long as its leaves are plain.
 """
 
+import copy
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -30,12 +33,17 @@ def exact_convolutions():
 
 
 def make(family, device='cpu', **options):
+    return copy.deepcopy(made(family, **options)).to(device)
+
+
+@functools.cache
+def made(family, **options):
     torch.manual_seed(0)
     model = MODELS[family](**options)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.add_(torch.randn(weight.shape), alpha=2.0 if 'decay' in name else 0.1)
-    return model.to(device)
+    return model
 
 
 def leaves_of(model):

@@ -72,21 +72,26 @@ def begun(runner):
     runner.load_or_resume()
 
 
+TRAINED = {}
+
+
 def saved(run, **changes):
-    """A checkpoint file of a run, with changes."""
-    if not Path('run/epoch_1.pth').exists():
+    """A checkpoint file of a run of this module, with changes."""
+    if not TRAINED:
         run().train()
-    torch.save({**torch.load('run/epoch_1.pth', weights_only=False), **changes}, 'changed.pth')
+        TRAINED.update(torch.load('run/epoch_1.pth', weights_only=False))
+    torch.save({**TRAINED, **changes}, 'changed.pth')
     return 'changed.pth'
 
 
 def test_a_resumed_run_has_all_that_was_saved_and_runs_no_program_of_the_file(run):
     first = run()
     first.train()
-    meta = torch.load('run/epoch_1.pth', weights_only=False)['meta']
+    content = torch.load('run/epoch_1.pth', weights_only=False)
     program = 'import os\nos.mkdir("mark")\ngpu_ids = [0]\n'
-    file = saved(run, meta={**meta, 'config': program, 'cfg': program})
-    second = run(max_epochs=2, load_from=file, resume=True)
+    content['meta'].update(config=program, cfg=program)
+    torch.save(content, 'changed.pth')
+    second = run(max_epochs=2, load_from='changed.pth', resume=True)
     begun(second)
     assert (second.epoch, second.iter) == (1, 2)
     assert torch.equal(second.model.line.weight, first.model.line.weight)
