@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import torch
 from mmengine.logging import print_log
@@ -33,6 +34,7 @@ WORTH = 50  # replays for which a capture was worth its time
 MOST = 64  # graphs that 'auto' holds
 AGE = 4096  # passes after which earlier ones count half
 _capturing = threading.Lock()
+_TRAINING, _REQUIRES_GRAD = operator.itemgetter('training'), operator.attrgetter('requires_grad')
 
 
 class CudaGraphs:
@@ -271,9 +273,13 @@ class _State:
                 each._backward_pre_hooks,
             )
         ]
-        self.children = [each._modules for each in modules]
-        self.owners = [owner for each in modules for owner in (each._parameters, each._buffers)]
-        self.objects = self._objects()
+        self.rated = [own for own in self.inner if 'rate' in own]
+        self.norms = [own for own in self.inner if 'eps' in own]
+        self.owners = [
+            owner for each in modules for owner in (each._modules, each._parameters, each._buffers)
+        ]
+        self.objects = self._objects()  # held, so that identities stay theirs
+        self.identities = list(map(id, self.objects))
         self.tensors = [x for x in self.objects if isinstance(x, Tensor)]
         self.values = self._values()
 
@@ -288,18 +294,20 @@ class _State:
         if has_global_hooks() or any(has_hooks(each) or has_own_forward(each) for each in inner):
             return None
         state = cls(module)
-        if not any(state.owners) or not all(type(x) in PLAIN_TENSORS for x in state.tensors):
+        if not state.tensors or not all(type(x) in PLAIN_TENSORS for x in state.tensors):
             return None
         return state
 
     def _objects(self) -> list:
-        return [each for owner in (*self.children, *self.owners) for each in owner.values()]
+        return list(chain.from_iterable(map(dict.values, self.owners)))
 
     def _values(self) -> list:
         return [
-            [(own['training'], own.get('rate'), own.get('eps')) for own in self.inner],
-            [x.data_ptr() for x in self.tensors],
-            [x.requires_grad for x in self.tensors],
+            list(map(_TRAINING, self.inner)),
+            [own['rate'] for own in self.rated],
+            [own['eps'] for own in self.norms],
+            list(map(Tensor.data_ptr, self.tensors)),
+            list(map(_REQUIRES_GRAD, self.tensors)),
         ]
 
     def is_watched(self) -> bool:
@@ -308,12 +316,7 @@ class _State:
 
     def holds(self) -> bool:
         """Whether it is still the module's; asked at each replay."""
-        objects = self._objects()
-        return (
-            len(objects) == len(self.objects)
-            and all(map(operator.is_, objects, self.objects))
-            and self._values() == self.values
-        )
+        return list(map(id, self._objects())) == self.identities and self._values() == self.values
 
 
 class _Pool:

@@ -220,6 +220,7 @@ class Policy:
         monkeypatch.setattr(cuda_graphs, '_Pool', FakePool)
         self.model = torch.nn.Linear(1, 1)
         self.model.inner = torch.nn.Linear(1, 1)
+        self.model.inner.rate = 0.0
         self.graphs = CudaGraphs('auto')
 
     def make(self, *args):

@@ -1,4 +1,4 @@
-"""Where memory is made that outlives a call. test_graphs.py shows that Inductor's pool has none of it."""
+"""Where memory is made that outlives a call: test_cuda_graphs.py shows that Inductor's pool has none."""
 
 import contextlib
 import threading

@@ -39,7 +39,7 @@ from common import DTYPES, machine, measure, megabytes, milliseconds, peak_memor
 from models import MODELS, SIDE_MULTIPLE, Absent, Entry, build, choose
 from steps import Wrong, capture, check_ours, check_step, kernels, make_step
 
-from mmvig.backbones.graphs import CALLS_IN_A_ROW, Graphs
+from mmvig.cuda_graphs import CALLS, CudaGraphs
 from mmvig.engine.preflight import SetupError, check_writable, one_line_errors
 from mmvig.ops.bigla import BACKENDS
 
@@ -139,7 +139,7 @@ class Benchmark:
             if 'model' in state:
                 state['model'].zero_grad(set_to_none=True)
                 if entry.ours:
-                    state['model']._graphs = Graphs('auto')
+                    state['model'].graphs = CudaGraphs('auto')
             release(self.device)
             self.rows.append(row)
             row['ratios'] = self.ratios(entry, row)
@@ -183,12 +183,12 @@ class Benchmark:
             torch.compiler.reset()  # shapes of other rows would make this one's dynamic
             module = torch.compile(model, mode=COMPILED[mode])
         elif mode == 'eager':
-            model._graphs = Graphs(0)
+            model.graphs = CudaGraphs(0)
         step = make_step(model, module, x, dtype, kind)
         check_step(step, model, entry.shapes(shape.batch, shape.height, shape.width))
 
         def first_steps() -> None:
-            for _ in range(CALLS_IN_A_ROW if entry.ours and mode == 'default' else 1):
+            for _ in range(CALLS if entry.ours and mode == 'default' else 1):
                 step()  # captured at the last call
 
         # With the capture: what a graph has set aside no longer counts as allocated.
