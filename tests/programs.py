@@ -13,6 +13,7 @@ from unittest import mock
 
 TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 SETTINGS = {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'PYTHON': sys.executable}
+_ENVIRONMENT = {**os.environ, **SETTINGS}  # before any test; tools that run within one change it
 # Python programs are forked from a process that has imported what takes longest, and nothing of any test.
 _SERVER = multiprocessing.get_context('forkserver')
 _SERVER.set_forkserver_preload(['mmvig.compat', 'mmdet.apis', 'mmseg.apis', 'mmpretrain.apis'])
@@ -25,13 +26,14 @@ def run_tool(script: str, *arguments, cwd: Path, timeout: float | None = None) -
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = str(free.getsockname()[1])
-        env = {**os.environ, **SETTINGS, 'PORT': port}
+        env = {**_ENVIRONMENT, 'PORT': port}
         return subprocess.run(
             ['bash', *words], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=timeout
         )
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ('stdout', 'stderr')]
-        process = _SERVER.Process(target=_main, args=(words, str(cwd), [str(path) for path in outputs]))
+        arguments = words, str(cwd), [str(path) for path in outputs], _ENVIRONMENT
+        process = _SERVER.Process(target=_main, args=arguments)
         process.start()
         process.join(timeout)
         process.kill()
@@ -50,12 +52,13 @@ def _written(path: Path) -> str:
     return path.read_text(errors='replace') if path.exists() else ''
 
 
-def _main(words: list[str], cwd: str, outputs: list[str]) -> None:
+def _main(words: list[str], cwd: str, outputs: list[str], environment: dict[str, str]) -> None:
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(cwd)
     multiprocessing.set_start_method(None, force=True)  # as in a process that nothing has forked
-    os.environ.update(SETTINGS)
+    os.environ.clear()
+    os.environ.update(environment)
     # The config's layout, in the log and in each checkpoint, takes most of so small a run's time.
     mock.patch('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, False)).start()
     sys.argv = words
