@@ -1,5 +1,6 @@
 """Test helpers are importable by name, and mmcv's operators exist before anything imports them."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,13 @@ from mmvig import reading
 
 if not torch.cuda.is_available():
     interpreter.hurry()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_to_collect():
+    """Keep what the modules before have left from the collections that mmengine asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Programs of this project run as a user runs them: each in a process of its own, from another folder."""
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -57,6 +58,7 @@ def _main(words: list[str], cwd: str, outputs: list[str], environment: dict[str,
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     os.chdir(cwd)
     multiprocessing.set_start_method(None, force=True)  # as in a process that nothing has forked
+    gc.freeze()  # what the server has imported is not to be collected, which mmengine asks for often
     os.environ.clear()
     os.environ.update(environment)
     # The config's layout, in the log and in each checkpoint, takes most of so small a run's time.

@@ -10,6 +10,7 @@ very tensors. `--broken` cuts, empties or moves what a killed run left, first. E
 """
 
 import argparse
+import gc
 import io
 import json
 import os
@@ -187,6 +188,7 @@ def _train(words: list[str], cwd: str, outputs: list[str], aim: Aim | None) -> N
     os.chdir(cwd)
     os.environ.update(SETTINGS)
     torch.set_num_threads(1)
+    gc.freeze()
     # What takes most of so small a run's time: the config's layout, and compilers asked for their versions.
     mock.patch('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, False)).start()
     mock.patch('mmengine.runner.runner.collect_env', dict).start()
