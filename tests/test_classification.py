@@ -17,7 +17,9 @@ import torch
 from golden import (
     GOLDEN,
     array,
+    official_plain_shapes,
     official_plain_state_dict,
+    official_shapes,
     official_state_dict,
     weight,
 )
@@ -120,10 +122,16 @@ def test_official_vigh_s_continues_the_released_codes_features(tmp_path):
 @pytest.mark.parametrize('name', ['vigh_b', 'vig_s', 'vig_b'])
 def test_other_official_files_give_their_backbones_logits(tmp_path, name):
     """Against the backbone, which its own tests hold to the method, and a classifier by hand."""
-    weights = official(name)
-    model = loaded(name, tmp_path, weights)
     family, arch = (ViGH if 'vigh' in name else ViG), MODELS_OF[name][0]
-    backbone = family(arch, out_indices=(3,)) if family is ViGH else family(arch)
+    shapes = official_shapes(arch, classifier=True) if family is ViGH else official_plain_shapes(arch)
+    torch.manual_seed(0)
+    weights = {key: torch.randn(shape) / math.prod(shape[1:]) ** 0.5 for key, shape in shapes.items()}
+    with torch.device('meta'):
+        model = build(name)
+        backbone = family(arch, out_indices=(3,)) if family is ViGH else family(arch)
+    for module in (model, backbone):
+        module.to_empty(device='cpu')  # initialisation takes seconds, and the file has every weight
+    cli.load_strictly(model, save(weights, tmp_path))
     backbone.load_state_dict(weights)
     images = array('classifier', (1, 3, 64, 96))
     with torch.no_grad():
