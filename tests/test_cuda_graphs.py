@@ -965,7 +965,7 @@ def train_in_a_group(rank, file, results):
 
 
 @gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='two GPUs train together')
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
 def test_several_gpus_train_as_without_graphs(tmp_path):
     torch.multiprocessing.spawn(train_in_a_group, (tmp_path / 'group', tmp_path), nprocs=2)
     ranks = [torch.load(tmp_path / f'{rank}.pth', weights_only=False) for rank in range(2)]

@@ -305,6 +305,13 @@ def test_a_config_is_no_value_of_amp(monkeypatch, arguments, value):
     assert (args.config, args.amp) == ('it.py', value)
 
 
+def test_no_argument_is_refused_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    with pytest.raises(SystemExit):
+        load('train.py').parse_args()
+    assert 'required: config' in capsys.readouterr().err
+
+
 def test_other_values_of_amp_are_refused_by_name(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['train.py', '--amp', 'fp32', 'it.py'])
     with pytest.raises(SystemExit):

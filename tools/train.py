@@ -1,6 +1,7 @@
 """Train a model from its config: detection, segmentation or classification."""
 
 import argparse
+import itertools
 import logging
 import sys
 from pathlib import Path
@@ -49,10 +50,9 @@ def parse_args() -> argparse.Namespace:
 
 def _with_value_of_amp(arguments: list[str]) -> list[str]:
     """Say --amp=auto where a config follows, which argparse would take for the value of --amp."""
-    after = [*arguments[1:], '']
     return [
         '--amp=auto' if each == '--amp' and Path(following).suffix in cli.CONFIG_SUFFIXES else each
-        for each, following in zip(arguments, after, strict=True)
+        for each, following in itertools.pairwise([*arguments, ''])
     ]
 
 

@@ -81,15 +81,25 @@ def _rounding_part(model: dict) -> str | None:
 
     bfloat16 holds whole pixels up to 256 alone; mmcv's own RoIAlign does not take it at all.
     """
-    rpn_head = model.get('rpn_head')
-    if rpn_head is None:
-        return model.get('bbox_head', model).get('type', 'its head')
-    if rpn_head.get('type') != 'mmvig.RPNHead':
-        return rpn_head.get('type')
-    for name, extractor in model.get('roi_head', {}).items():
-        if name.endswith('roi_extractor'):
-            if extractor.get('type') != 'mmvig.SingleRoIExtractor':
-                return extractor.get('type')
-            if not extractor.roi_layer.get('use_torchvision'):
-                return 'RoIAlign without use_torchvision=True'
+    heads = _dicts(model.get('rpn_head'))
+    if not heads:
+        heads = [*_dicts(model.get('bbox_head')), model]
+        return heads[0].get('type', 'its head')
+    for head in heads:
+        if head.get('type') != 'mmvig.RPNHead':
+            return head.get('type')
+    for head in _dicts(model.get('roi_head')):
+        for name in head:
+            for extractor in _dicts(head[name]) if name.endswith('roi_extractor') else ():
+                if extractor.get('type') != 'mmvig.SingleRoIExtractor':
+                    return extractor.get('type')
+                if not extractor.get('roi_layer', {}).get('use_torchvision'):
+                    return 'RoIAlign without use_torchvision=True'
     return None
+
+
+def _dicts(node: object) -> list[dict]:
+    """A part of a config that may be one, several (as in a cascade), or None."""
+    return [
+        each for each in (node if isinstance(node, (list, tuple)) else [node]) if isinstance(each, dict)
+    ]

@@ -60,8 +60,8 @@ class StopSignal:
 def tie_workers(loader: DataLoader) -> DataLoader:
     """Let a loader's workers end with this process, however it ends, and by nothing sent to its group.
 
-    They send small tensors by value: PyTorch hands over a file for each, of about a millisecond of the
-    interpreter here, for boxes and labels of each picture.
+    They send small tensors by value: PyTorch hands over a file for each, which costs more than
+    the boxes and labels of a picture are worth.
 
     Args:
         loader: changed in place; its own ``worker_init_fn`` is kept.

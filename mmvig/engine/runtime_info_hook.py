@@ -1,5 +1,7 @@
 """mmengine's RuntimeInfoHook, which reads losses when they are there."""
 
+import functools
+
 import torch
 from mmengine.hooks import LoggerHook
 from mmengine.hooks import RuntimeInfoHook as _RuntimeInfoHook
@@ -57,7 +59,11 @@ class RuntimeInfoHook(_RuntimeInfoHook):
 
     def _note(self, losses: dict[str, Tensor]) -> None:
         self._names = list(losses)
-        values = torch.stack([value.detach().double().reshape(()) for value in losses.values()])
+        values = [value.detach().reshape(()) for value in losses.values()]
+        dtype = functools.reduce(torch.promote_types, [value.dtype for value in values])
+        # Some may be on the host, or on another GPU.
+        device = next((value.device for value in values if value.device.type != 'cpu'), values[0].device)
+        values = torch.stack([value.to(device, dtype, non_blocking=True) for value in values])
         self._values = torch.empty(len(losses), dtype=values.dtype, pin_memory=values.is_cuda)
         self._values.copy_(values, non_blocking=True)
         if values.is_cuda:

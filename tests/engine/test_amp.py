@@ -42,6 +42,14 @@ def detector(rpn='mmvig.RPNHead', extractor='mmvig.SingleRoIExtractor', **layer)
     return {'scope': 'mmdet', 'model': model}
 
 
+def cascade(extractor, roi_layer='RoIAlign'):
+    """Lists of heads and of extractors, as mmdet's cascades have them."""
+    layer = {'roi_layer': {'type': roi_layer, 'use_torchvision': True}} if roi_layer else {}
+    stages = [{'type': 'mmvig.SingleRoIExtractor', 'roi_layer': {'use_torchvision': True}}]
+    heads = [{'bbox_roi_extractor': [*stages, {'type': extractor, **layer}], 'mask_roi_extractor': None}]
+    return {'scope': 'mmdet', 'model': {'rpn_head': [{'type': 'mmvig.RPNHead'}], 'roi_head': heads}}
+
+
 @pytest.mark.parametrize(
     ('here', 'arguments', 'expected', 'why'),
     [
@@ -53,6 +61,10 @@ def detector(rpn='mmvig.RPNHead', extractor='mmvig.SingleRoIExtractor', **layer)
         ({}, detector(use_torchvision=False), FP16, 'float16, RoIAlign without use_torchvision=True'),
         ({}, {'scope': 'mmdet', 'model': {'bbox_head': {'type': 'FCOSHead'}}}, FP16, 'float16, FCOSHead'),
         ({}, {'scope': 'mmdet', 'model': {'type': 'SoftTeacher'}}, FP16, 'float16, SoftTeacher would'),
+        ({}, {'scope': 'mmdet', 'model': {'bbox_head': [{'type': 'Co'}]}}, FP16, 'float16, Co would'),
+        ({}, cascade('mmvig.SingleRoIExtractor'), BF16, 'bfloat16, this GPU computes in it'),
+        ({}, cascade('GenericRoIExtractor'), FP16, 'float16, GenericRoIExtractor would round'),
+        ({}, cascade('mmvig.SingleRoIExtractor', roi_layer=None), FP16, 'float16, RoIAlign without'),
         ({}, {**detector('RPNHead'), 'wanted': 'bf16'}, BF16, 'bfloat16, as asked for'),
         ({}, {'wanted': 'fp16'}, FP16, 'float16, as asked for'),
         ({}, FP16, FP16, 'float16, as the config has it'),

@@ -276,7 +276,9 @@ def run(script: str, words: list, scratch: Path) -> tuple[str, str]:
         return 'too slow', message
     if 'Traceback' in result.stderr + result.stdout:
         return 'traceback', message
-    return ('ok' if result.returncode in (1, 2) and 'error: ' in message else 'no message'), message
+    if result.returncode not in (1, 2):
+        return f'status {result.returncode}', message
+    return ('ok' if 'error: ' in message else 'no message'), message
 
 
 def table(only: list[str], jobs: int, step: int) -> Iterator[dict]:

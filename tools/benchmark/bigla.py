@@ -41,6 +41,7 @@ SHAPES = {
     'ViG-T 1024': (32, 3, 4096, 32, 64),
 }
 GROWTH = {f'N {2**i}': (2, 3, 2**i, 16, 32) for i in range(12, 21, 2)}
+GATES = {'normal': (1, 0), 'strong': (3, -4)}  # deviation and mean of their logits
 PEERS = ('fla', 'sdpa', 'twice')
 # Error of the outputs relative to the largest value, allowed before a time is reported.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}
@@ -48,14 +49,18 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}
 LIMITS = {'reference': 256, 'softmax attention': 70_000}
 
 
-def make_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
+def make_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, gates: str = 'normal'
+) -> list[Tensor]:
     """q, k, v, g_fwd, g_bwd as views of two fused projections, as ViG-H has them."""
     batch, heads, tokens, key, value = shape
     generator = torch.Generator(device).manual_seed(0)
     qkv = torch.randn(batch, tokens, heads * (2 * key + value), generator=generator, device=device)
-    gates = torch.randn(batch, tokens, 2 * heads * key, generator=generator, device=device)
+    scale, shift = GATES[gates]
+    logits = torch.randn(batch, tokens, 2 * heads * key, generator=generator, device=device)
+    logits = logits * scale + shift
     width = heads * key
-    parts = (*qkv.to(dtype).split([width, width, heads * value], -1), *gates.to(dtype).chunk(2, -1))
+    parts = (*qkv.to(dtype).split([width, width, heads * value], -1), *logits.to(dtype).chunk(2, -1))
     return [x.unflatten(-1, (heads, -1)) for x in parts]
 
 
@@ -134,11 +139,17 @@ def benchmark(function: Callable, inputs: list[Tensor], floors: tuple[float, flo
 
 
 def run(
-    shape: tuple[int, ...], dtype: torch.dtype, device: str, functions: dict, bandwidth: float, graph: bool
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    functions: dict,
+    bandwidth: float,
+    graph: bool,
+    gates: str,
 ) -> dict:
     """All candidates at one shape."""
     batch, heads, tokens, key, value = shape
-    inputs = make_inputs(shape, dtype, device)
+    inputs = make_inputs(shape, dtype, device, gates)
     with torch.no_grad():
         # A slice of the batch in float64 is the truth: images do not mix, and memory is limited.
         expected = bigla(*(x[:1].double() for x in inputs), backend='chunked')
@@ -224,6 +235,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--growth', action='store_true', help='sequence lengths from 4,096 to 1,048,576 instead'
     )
+    parser.add_argument(
+        '--gates', choices=GATES, default='normal', help='logits x, or 3 x - 4, x standard normal'
+    )
     parser.add_argument('--graph', action='store_true', help='replay each call as a CUDA graph')
     parser.add_argument('--dtype', choices=DTYPES, default='bf16')
     parser.add_argument('--backends', nargs='*', default=['triton', 'chunked'], choices=BACKENDS)
@@ -269,11 +283,13 @@ def main() -> None:
     print(f'{machine}, torch {torch.__version__}, {args.dtype}, copy bandwidth {bandwidth / 1e12:.2f} TB/s')
     functions = candidates(args.backends, args.peers, args.dtype, args.device)
     report = {'machine': machine, 'torch': torch.__version__, 'dtype': args.dtype, 'bandwidth': bandwidth}
-    report |= {'graph': args.graph, 'results': {}}
+    report |= {'graph': args.graph, 'gates': args.gates, 'results': {}}
     results = report['results']
     args.out.mkdir(parents=True, exist_ok=True)
     for name, shape in shapes.items():
-        results[name] = run(shape, DTYPES[args.dtype], args.device, functions, bandwidth, args.graph)
+        results[name] = run(
+            shape, DTYPES[args.dtype], args.device, functions, bandwidth, args.graph, args.gates
+        )
         show(name, results[name])
         # After each shape, so that a run that is cut off has not been for nothing.
         (args.out / 'bigla.json').write_text(json.dumps(report, indent=1) + '\n')

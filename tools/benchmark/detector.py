@@ -166,8 +166,7 @@ def optim_wrapper(cfg: Config, model: nn.Module, device: str, precision: str) ->
     elif device == 'cuda':
         options.type = 'AmpOptimWrapper'
         options.dtype = PRECISIONS[precision]
-        if precision == 'fp16':
-            options.loss_scale = 'dynamic'
+        options.loss_scale = 'dynamic' if precision == 'fp16' else dict(enabled=False)
     else:
         options.type = 'mmvig.engine.amp.CpuAmpOptimWrapper'
     return build_optim_wrapper(model, options)

@@ -375,13 +375,12 @@ def serve(cfg: Config, inference: bool, own_loop: bool, started: float, pipe: Co
 class Model:
     """A model's process, and what it has found so far."""
 
-    def __init__(self, name: str, cfg: Config, args: argparse.Namespace):
+    def __init__(self, name: str, cfg: Config, inference: bool):
         self.name = name
-        self.args = args
         context = multiprocessing.get_context('spawn')
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(
-            target=serve, args=(cfg, args.inference, name.endswith(OWN_LOOP), time.time(), theirs)
+            target=serve, args=(cfg, inference, name.endswith(OWN_LOOP), time.time(), theirs)
         )
         self.process.start()
         theirs.close()
@@ -454,7 +453,7 @@ def summarise(rows: list[dict], facts: dict, passes: Counter | None, sizes: Coun
     }
 
 
-def show(rows: list[dict], inference: bool) -> None:
+def show(rows: list[dict]) -> None:
     """Print the table, and how many times as fast as each peer ours is."""
     names = ('mean', 'median', 'p90', *PARTS, 'gpu')
     width = max(len(row['name']) for row in rows)
@@ -567,7 +566,7 @@ def main() -> None:
         return
     processes = []
     for name, cfg in models:  # one after the other, so that each one's first iteration is its own
-        processes.append(Model(name, cfg, args))
+        processes.append(Model(name, cfg, args.inference))
         processes[-1].receive()
     for model in processes:
         model.warm(args.warm_up)
@@ -582,20 +581,23 @@ def main() -> None:
 
 def run_ranks(models: list[tuple[str, Config]], args: argparse.Namespace) -> None:
     """Run ours alone, in the processes that a launcher has started."""
-    turns = iter([args.warm_up, *[args.turn + args.skip] * -(-args.iterations // args.turn), -1, 0])
+    cli.use_expandable_segments()
+    timed = ('timed', args.turn + args.skip)
+    turns = [('warm-up', args.warm_up), *[timed] * -(-args.iterations // args.turn), ('profiled', -1)]
+    ends = iter(['first', *[kind for kind, _ in turns]])
+    asked = iter([*[count for _, count in turns], 0])
     (name, cfg), rows, sizes, last, passes = models[0], [], Counter(), {}, None
-    asked = 1
 
     def exchange(facts: dict) -> int:
-        nonlocal asked, passes
-        if asked == args.warm_up and passes is None:
+        nonlocal passes
+        kind = next(ends)
+        if kind == 'warm-up':
             passes = copy.copy(facts['passes'])
-        elif asked == args.turn + args.skip:
+        elif kind == 'timed':
             rows.extend(facts['rows'][args.skip :])
             sizes.update(row['size'] for row in facts['rows'])
         last.update(facts)
-        asked = next(turns)
-        return asked
+        return next(asked)
 
     run(cfg, args.inference, Turns(time.time(), exchange))
     if int(os.environ.get('RANK', 0)) == 0:
@@ -605,7 +607,7 @@ def run_ranks(models: list[tuple[str, Config]], args: argparse.Namespace) -> Non
 
 def report(rows: list[dict], args: argparse.Namespace) -> None:
     """Print and write what was found; exit with status 1 if a model failed."""
-    show(rows, args.inference)
+    show(rows)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     packages = ('mmengine', 'mmcv', 'mmdet', 'mmseg')
     content = {**machine(device, packages), 'command': sys.argv[1:], 'rows': rows}

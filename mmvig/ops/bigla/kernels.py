@@ -1179,14 +1179,21 @@ def gradient_kernel(
             store_tile(dk_at, dk, i_c, 0, N, s_dkn, K, BT, BK, UNIT)
     if not STRONG:  # noqa: SIM102  the first is known when this is compiled
         if some_strong:
+            i_b, i_h, i_bh = sequence_of(first, n_chunks, H, 1, STRONG)
+            f_at = at(p_f, i_b, i_h, s_fb, s_fh, UNIT)
+            b_at = at(p_b, i_b, i_h, s_bb, s_bh, UNIT)
+            # Many mild gates lose nothing: one look at the least of all chunks is cheaper than one at each.
+            least = tl.full((BT, BK), float('inf'), tl.float32)
             for i in range(first, end):
-                if any_strong(p_sum, i, 1, n_states, K, BK, 1, LOST):
-                    i_b, i_h, i_bh = sequence_of(i, n_chunks, H, 1, STRONG)
-                    i_c = i - i_bh * n_chunks
-                    f_at = at(p_f, i_b, i_h, s_fb, s_fh, UNIT)
-                    b_at = at(p_b, i_b, i_h, s_bb, s_bh, UNIT)
-                    lost = loses_gradients(f_at, i_c, N, s_fn, inv, K, BT, BK, UNIT, MODE, False)
-                    lost |= loses_gradients(b_at, i_c, N, s_bn, inv, K, BT, BK, UNIT, MODE, True)
-                    if lost:
-                        tl.debug_barrier()  # all threads have read the sum
-                        store_sum(p_sum, tl.full((BK,), LEAST, tl.float32), i, K, BK)
+                i_c = i - i_bh * n_chunks
+                least = tl.minimum(least, load_tile(f_at, i_c, 0, N, s_fn, float('inf'), K, BT, BK, UNIT))
+                least = tl.minimum(least, load_tile(b_at, i_c, 0, N, s_bn, float('inf'), K, BT, BK, UNIT))
+            if tl.min(log2_sigmoid(least * LOG2E, MODE) * inv) < -LOST:
+                for i in range(first, end):
+                    if any_strong(p_sum, i, 1, n_states, K, BK, 1, LOST):
+                        i_c = i - i_bh * n_chunks
+                        lost = loses_gradients(f_at, i_c, N, s_fn, inv, K, BT, BK, UNIT, MODE, False)
+                        lost |= loses_gradients(b_at, i_c, N, s_bn, inv, K, BT, BK, UNIT, MODE, True)
+                        if lost:
+                            tl.debug_barrier()  # all threads have read the sum
+                            store_sum(p_sum, tl.full((BK,), LEAST, tl.float32), i, K, BK)
