@@ -10,7 +10,7 @@ import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
-from mmdet.models.task_modules import AnchorGenerator, MaxIoUAssigner, RandomSampler
+from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder, MaxIoUAssigner, RandomSampler
 from mmengine.config import Config
 from mmengine.registry import MODELS, TASK_UTILS
 from mmengine.structures import InstanceData
@@ -82,6 +82,48 @@ def test_anchors():
     assert len(copy.deepcopy(ours).grid_priors(sizes, device='cpu')) == 2
 
 
+@pytest.mark.parametrize('stds', [(1.0, 1.0, 1.0, 1.0), (0.1, 0.1, 0.2, 0.2)])
+@pytest.mark.parametrize('options', [{}, {'clip_border': False}, {'add_ctr_clamp': True}])
+@pytest.mark.parametrize('classes', [1, 3])
+def test_coder(stds, options, classes):
+    options = dict(target_means=(0.0, 0.1, 0.0, 0.0), target_stds=stds, **options)
+    ours = TASK_UTILS.build(dict(type='mmvig.DeltaXYWHBBoxCoder', **options))
+    theirs = DeltaXYWHBBoxCoder(**options)
+    generator = torch.Generator().manual_seed(0)
+    priors, truth = boxes(50, generator), boxes(50, generator)
+    deltas = torch.randn(50, 4 * classes, generator=generator) * 3
+    assert_close(ours.encode(priors, truth), theirs.encode(priors, truth), rtol=0, atol=0)
+    for shape in (None, (40, 60), (40, 60, 3)):
+        for count in (50, 0):
+            actual, expected = (
+                each.decode(priors[:count], deltas[:count], shape) for each in (ours, theirs)
+            )
+            assert_close(actual, expected, rtol=0, atol=0)
+    copy.deepcopy(ours)
+
+
+def test_draws():
+    """As many as asked for, each once and of its kind, and each as often as any other."""
+    sampler = TASK_UTILS.build(
+        dict(type='mmvig.RandomSampler', num=16, pos_fraction=0.5, add_gt_as_proposals=False)
+    )
+    inds = torch.zeros(3, 100, dtype=torch.long)
+    inds[:, 90:] = -1
+    inds[0, :20], inds[1, :3] = 5, 1  # enough objects, too few, none
+    counts = torch.zeros(3, 100)
+    torch.manual_seed(0)
+    for _ in range(400):
+        (positive, is_positive), (negative, is_negative) = sampler.sample_each(inds)
+        assert is_positive.sum(1).tolist() == [8, 3, 0] and is_negative.sum(1).tolist() == [8, 13, 16]
+        for i in range(3):
+            objects, rest = positive[i][is_positive[i]], negative[i][is_negative[i]]
+            assert (inds[i][objects] > 0).all() and (inds[i][rest] == 0).all()
+            assert len(objects.unique()) == len(objects) and len(rest.unique()) == len(rest)
+            counts[i] += torch.bincount(torch.cat([objects, rest]), minlength=100)
+    assert (counts[0, :20] / 400 - 8 / 20).abs().max() < 0.1
+    assert (counts[0, 20:90] / 400 - 8 / 70).abs().max() < 0.07
+
+
 MODEL = Config.fromfile(f'{CONFIGS}/_base_/models/maskrcnn_vigh.py').model
 
 
@@ -110,7 +152,7 @@ def proposals(head, scale=1.0, dtype=torch.float32):
     sizes = [(52, 80), (26, 40), (13, 20), (7, 10), (4, 5)]
     maps = [[torch.randn(2, n, *size, generator=generator) * scale for size in sizes] for n in (3, 12)]
     metas = [{'img_shape': (205, 317)}, {'img_shape': (208, 319)}]
-    cast = [[x.to(dtype) for x in each] for each in maps]
+    cast = [[x.to(dtype).requires_grad_() for x in each] for each in maps]
     cfg = Config(
         dict(nms_pre=500, max_per_img=100, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0)
     )
@@ -123,11 +165,83 @@ def test_proposals_are_not_rounded():
     for actual, expected in zip(proposals(ours), proposals(theirs), strict=True):
         assert_close(actual.bboxes, expected.bboxes, rtol=0, atol=0)
         assert_close(actual.scores, expected.scores, rtol=0, atol=0)
+        assert not (actual.bboxes.requires_grad or actual.scores.requires_grad)
     exact, rounded = (proposals(each, 0.0, torch.bfloat16)[0].bboxes for each in (ours, theirs))
     assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     truth = proposals(theirs, 0.0)[0].bboxes  # of maps that bfloat16 holds exactly: zeros
     assert_close(exact, truth, rtol=0, atol=0)
     assert (rounded.float() - truth).abs().max() > 0.4
+
+
+def rpn_losses(head, counts=(3, 7), pads=((208, 317), (150, 320)), dtype=torch.float32):
+    """Losses and the maps' gradients; whole-number corners make ties of IoU."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(52, 80), (26, 40), (13, 20), (7, 10), (4, 5)]
+    maps = [
+        [torch.randn(2, n, *size, generator=generator).to(dtype).requires_grad_() for size in sizes]
+        for n in (3, 12)
+    ]
+    truth = [
+        InstanceData(bboxes=boxes(n, generator, 120), labels=torch.zeros(n, dtype=torch.long))
+        for n in counts
+    ]
+    metas = [{'img_shape': pad, 'pad_shape': pad} for pad in pads]
+    losses = head.loss_by_feat(*maps, truth, metas, [InstanceData(bboxes=boxes(1, generator))] * 2)
+    losses = {name: sum(each.mean() for each in value) for name, value in losses.items()}
+    grads = torch.autograd.grad(sum(losses.values()), [*maps[0], *maps[1]])
+    return losses, grads
+
+
+@pytest.mark.parametrize(
+    ('options', 'case'),
+    [
+        ({}, {}),
+        ({}, {'pads': ((208, 320), (208, 320))}),
+        ({}, {'counts': (1, 0)}),
+        ({}, {'dtype': torch.bfloat16}),
+        ({'pos_weight': 0.5}, {}),
+        ({'allowed_border': 0}, {}),
+        ({'assigner.ignore_iof_thr': 0.5}, {}),
+        ({'assigner.match_low_quality': False}, {}),
+        ({'assigner.pos_iou_thr': 0.99, 'assigner.match_low_quality': False}, {}),
+        ({'sampler.neg_pos_ub': 3}, {}),
+    ],
+)
+def test_losses_of_proposals(options, case):
+    """Where all anchors are drawn, there is no chance: the losses are mmdet's."""
+    train_cfg = Config(copy.deepcopy(MODEL.train_cfg.rpn))
+    train_cfg.merge_from_dict({'sampler.num': 10**6, **options})
+    train_cfg = train_cfg._cfg_dict
+    seeded = {'train_cfg': train_cfg, 'test_cfg': MODEL.test_cfg.rpn}
+    ours, theirs = pair_of(RPNHead, {**MODEL.rpn_head, **seeded})
+    if train_cfg.sampler.neg_pos_ub > 0:
+        torch.manual_seed(0)
+        expected = rpn_losses(theirs, **case)
+        torch.manual_seed(0)
+        actual = rpn_losses(ours, **case)
+        assert not ours._draws_at_once()
+    else:
+        actual, expected = (rpn_losses(each, **case) for each in (ours, theirs))
+    for name, value in expected[0].items():
+        assert_close(actual[0][name], value, rtol=1e-5, atol=1e-6, check_dtype=False)
+    for own, other in zip(actual[1], expected[1], strict=True):
+        assert_close(own, other, rtol=1e-4, atol=1e-8)
+
+
+def test_losses_of_few_anchors():
+    """256 an image are drawn: losses are those of mmdet's, on average."""
+    options = {**MODEL.rpn_head, 'train_cfg': MODEL.train_cfg.rpn, 'test_cfg': MODEL.test_cfg.rpn}
+    ours, theirs = pair_of(RPNHead, options)
+    assert ours._draws_at_once()
+    torch.manual_seed(0)
+    runs = [[rpn_losses(each)[0] for _ in range(40)] for each in (ours, theirs)]
+    for name in runs[0][0]:
+        actual, expected = (torch.stack([each[name] for each in own]).detach() for own in runs)
+        error = (actual.var() / 40 + expected.var() / 40).sqrt()
+        assert (actual.mean() - expected.mean()).abs() < 4 * error + 1e-6
+    grads = rpn_losses(ours)[1]
+    drawn = sum(int((x != 0).sum()) for x in grads[:5])
+    assert drawn == 2 * 256
 
 
 def extracted(extractor, dtype=None, **options):

@@ -61,6 +61,7 @@ PROFILED = 12  # iterations of the profiler's turn
 # Parts of mmdet that have a faster form here.
 WRAPPED = (
     'AnchorGenerator',
+    'DeltaXYWHBBoxCoder',
     'DetDataPreprocessor',
     'LoadAnnotations',
     'MaxIoUAssigner',

@@ -24,7 +24,7 @@ model = dict(
             strides=[4, 8, 16, 32, 64],
         ),
         bbox_coder=dict(
-            type='DeltaXYWHBBoxCoder',
+            type='mmvig.DeltaXYWHBBoxCoder',
             target_means=[0.0, 0.0, 0.0, 0.0],
             target_stds=[1.0, 1.0, 1.0, 1.0],
         ),
@@ -47,7 +47,7 @@ model = dict(
             roi_feat_size=7,
             num_classes=80,
             bbox_coder=dict(
-                type='DeltaXYWHBBoxCoder',
+                type='mmvig.DeltaXYWHBBoxCoder',
                 target_means=[0.0, 0.0, 0.0, 0.0],
                 target_stds=[0.1, 0.1, 0.2, 0.2],
             ),
