@@ -16,10 +16,11 @@ import torch
 from mmcv.ops import batched_nms
 from mmdet.models.data_preprocessors import DetDataPreprocessor as _DetDataPreprocessor
 from mmdet.models.dense_heads import RPNHead as _RPNHead
-from mmdet.models.losses import CrossEntropyLoss
+from mmdet.models.losses import CrossEntropyLoss, L1Loss, l1_loss
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead as _FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor as _SingleRoIExtractor
 from mmdet.models.task_modules import AnchorGenerator as _AnchorGenerator
-from mmdet.models.task_modules import AssignResult
+from mmdet.models.task_modules import AssignResult, BboxOverlaps2D
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder as _DeltaXYWHBBoxCoder
 from mmdet.models.task_modules import MaxIoUAssigner as _MaxIoUAssigner
 from mmdet.models.task_modules import RandomSampler as _RandomSampler
@@ -30,34 +31,43 @@ from torch import Tensor
 from mmvig.registry import TASK_UTILS
 
 MOST_SIZES = 64  # of which an AnchorGenerator keeps anchors
+MASKS = 32
 
 
 class DetDataPreprocessor(_DetDataPreprocessor):
-    """mmdet's DetDataPreprocessor, which swaps channels without a wait. Arguments are mmdet's."""
+    """mmdet's DetDataPreprocessor, which puts images where they belong in a batch. Arguments are mmdet's.
+
+    mmdet's own swaps channels by an index, which is copied to the GPU with a wait, and computes sizes with
+    tensors on the CPU, which wakes all of PyTorch's threads for a few numbers.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._swaps, self._channel_conversion = self._channel_conversion, False
+        self._normalizes, self._enable_normalize = self._enable_normalize, False
 
-    def forward(self, data: dict, training: bool = False) -> dict:
-        """Normalise, pad and stack a batch.
+    def cast_data(self, data):
+        """Move a batch to the device; its images are normalised, padded and stacked there."""
+        data = super().cast_data(data)
+        if isinstance(data, Mapping) and isinstance(images := data.get('inputs'), (Tensor, Sequence)):
+            data = {**data, 'inputs': self._stacked(images)}
+        return data
 
-        Args:
-            data: ``inputs``, images ``[3, H, W]`` or a batch of them, and ``data_samples``.
-            training: whether to pad masks too, and to augment the batch.
-        """
-        if self._swaps and isinstance(data, Mapping):
-            inputs = data['inputs']
-            if isinstance(inputs, Tensor):
-                inputs = self._swapped(inputs)
-            elif isinstance(inputs, Sequence):
-                inputs = [self._swapped(each) for each in inputs]
-            data = {**data, 'inputs': inputs}
-        return super().forward(data, training)
+    def _stacked(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        images = [self._normalised(image) for image in images]
+        sides = [max(image.shape[axis] for image in images) for axis in (1, 2)]
+        height, width = (-(-side // self.pad_size_divisor) * self.pad_size_divisor for side in sides)
+        batch = images[0].new_full((len(images), len(images[0]), height, width), self.pad_value)
+        for place, image in zip(batch, images, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
+        return batch
 
-    def _swapped(self, images: Tensor) -> Tensor:
-        # By an index, as mmdet does it, PyTorch would copy the index to the GPU and wait.
-        return images.to(self.device, non_blocking=self._non_blocking).flip(-3)
+    def _normalised(self, image: Tensor) -> Tensor:
+        channels = len(self.mean) if self._normalizes else None
+        if image.ndim != 3 or channels not in (None, 1, len(image)):
+            raise ValueError(f'an image must be [{channels or "C"}, H, W], got {list(image.shape)}')
+        image = (image.flip(0) if self._swaps else image).float()
+        return (image - self.mean) / self.std if self._normalizes else image
 
 
 class RPNHead(_RPNHead):
@@ -129,7 +139,11 @@ class RPNHead(_RPNHead):
         is_positive = is_positive.flatten()[:, None]
         targets = torch.where(is_positive, targets, 0.0)  # what was not drawn may be infinite
         weights = is_positive.float().expand(-1, 4)
-        loss_bbox = self.loss_bbox(deltas, targets, weights, avg_factor=count)
+        if type(self.loss_bbox) is L1Loss and self.loss_bbox.reduction == 'mean':
+            # L1Loss itself first waits for whether all weights are 0.
+            loss_bbox = self.loss_bbox.loss_weight * l1_loss(deltas, targets, weights, avg_factor=count)
+        else:
+            loss_bbox = self.loss_bbox(deltas, targets, weights, avg_factor=count)
         return {'loss_rpn_cls': [loss_cls], 'loss_rpn_bbox': [loss_bbox]}
 
     def predict_by_feat(
@@ -189,7 +203,8 @@ class RPNHead(_RPNHead):
         for i in range(images):
             own, own_scores, own_levels = boxes[i], scores[i], levels
             if whole is not None and not all_whole[i]:
-                own, own_scores, own_levels = own[whole[i]], own_scores[whole[i]], levels[whole[i]]
+                places = whole[i].nonzero().flatten()
+                own, own_scores, own_levels = own[places], own_scores[places], levels[places]
             if len(own):
                 found, kept = batched_nms(own, own_scores, own_levels, cfg['nms'])
                 own, own_scores = own[kept[: cfg['max_per_img']]], found[: cfg['max_per_img'], -1]
@@ -258,7 +273,7 @@ class SingleRoIExtractor(_SingleRoIExtractor):
         )
         rois = rois.float() if keeps else rois.type_as(feats[0])
         order = levels.argsort(stable=True)
-        counts = torch.bincount(levels, minlength=len(feats)).tolist()
+        counts = (levels[:, None] == torch.arange(len(feats), device=levels.device)).sum(0).tolist()
         found, unused = [], []
         for layer, x, own in zip(self.roi_layers, feats, rois[order].split(counts), strict=False):
             if len(own):
@@ -270,9 +285,46 @@ class SingleRoIExtractor(_SingleRoIExtractor):
         return result + sum(unused) if unused else result
 
 
+class FCNMaskHead(_FCNMaskHead):
+    """mmdet's FCNMaskHead, which meets few sizes of batches. Arguments are mmdet's.
+
+    How many RoIs have masks changes in each iteration, and cuDNN plans each convolution anew for each
+    number. So they are filled up with zeros to a multiple of :data:`MASKS`, which is left out again.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Masks ``[N, classes, 2h, 2w]`` from features of RoIs ``[N, C, h, w]``."""
+        count = len(x)
+        missing = -count % MASKS
+        if missing and self.norm_cfg is None:  # a batch norm would count them
+            x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+        return super().__call__(x)[:count]
+
+
+class _Overlaps(BboxOverlaps2D):
+    """IoU of boxes ``[k, 4]`` and ``[n, 4]``; mmdet copies its epsilon to the GPU and waits."""
+
+    def __call__(self, bboxes1, bboxes2, mode: str = 'iou', is_aligned: bool = False) -> Tensor:
+        one, other = get_box_tensor(bboxes1), get_box_tensor(bboxes2)
+        plain = all(x.shape[1:] == (4,) and x.dtype == torch.float32 for x in (one, other))
+        if mode != 'iou' or is_aligned or not plain:
+            return super().__call__(bboxes1, bboxes2, mode, is_aligned)
+        areas = [(x[:, 2] - x[:, 0]) * (x[:, 3] - x[:, 1]) for x in (one, other)]
+        one = one[:, None]
+        sides = torch.minimum(one[..., 2:], other[:, 2:]) - torch.maximum(one[..., :2], other[:, :2])
+        width, height = sides.clamp_(min=0).unbind(-1)
+        shared = width * height
+        return shared / (areas[0][:, None] + areas[1] - shared).clamp_(min=1e-6)
+
+
 @TASK_UTILS.register_module()
 class MaxIoUAssigner(_MaxIoUAssigner):
     """mmdet's MaxIoUAssigner without waiting for the GPU. Arguments are mmdet's."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if type(self.iou_calculator) is BboxOverlaps2D and self.iou_calculator.dtype is None:
+            self.iou_calculator = _Overlaps()
 
     def assign_wrt_overlaps(self, overlaps: Tensor, gt_labels: Tensor) -> AssignResult:
         """Assign boxes to objects.

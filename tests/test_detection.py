@@ -9,8 +9,10 @@ import pytest
 import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.models.dense_heads import RPNHead
+from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder, MaxIoUAssigner, RandomSampler
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import MODELS, TASK_UTILS
 from mmengine.structures import InstanceData
@@ -45,6 +47,21 @@ def test_assigner(options, objects):
         actual, expected = (each.assign(copy.deepcopy(priors), truth) for each in (ours, theirs))
         for name in ('num_gts', 'gt_inds', 'max_overlaps', 'labels'):
             assert_close(getattr(actual, name), getattr(expected, name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('mode', ['iou', 'iof', 'giou'])
+@pytest.mark.parametrize('is_aligned', [False, True])
+def test_overlaps(mode, is_aligned):
+    ours = TASK_UTILS.build(dict(type='mmvig.MaxIoUAssigner', **RPN)).iou_calculator
+    theirs = MaxIoUAssigner(**RPN).iou_calculator
+    assert type(ours) is not type(theirs)
+    generator = torch.Generator().manual_seed(0)
+    one, other = boxes(40, generator), boxes(40 if is_aligned else 50, generator)
+    one[3, 2:] = one[3, :2]  # without an area
+    other[:5] = one[:5]
+    for cast in (torch.float32, torch.float64, torch.float16):
+        args = one.to(cast), other.to(cast), mode, is_aligned
+        assert_close(ours(*args), theirs(*args), rtol=0, atol=0, equal_nan=True)
 
 
 def test_sampler():
@@ -137,14 +154,28 @@ def pair_of(theirs, options):
 
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('stacked', [False, True])
-def test_preprocessor(training, stacked):
-    ours, theirs = pair_of(DetDataPreprocessor, MODEL.data_preprocessor)
-    images = [torch.randint(0, 256, (3, 40, 50 + i), dtype=torch.uint8) for i in range(2)]
+@pytest.mark.parametrize(
+    'options', [{}, {'pad_value': 7}, {'bgr_to_rgb': False}, {'mean': None, 'std': None}]
+)
+def test_preprocessor(training, stacked, options):
+    ours, theirs = pair_of(DetDataPreprocessor, {**MODEL.data_preprocessor, **options})
+    images = [torch.randint(0, 256, (3, 40 - i, 50 + i), dtype=torch.uint8) for i in range(2)]
     inputs = torch.stack([images[0]] * 2) if stacked else images
-    data = {'inputs': inputs, 'data_samples': None}
-    actual, expected = (each(copy.copy(data), training)['inputs'] for each in (ours, theirs))
-    assert_close(actual, expected, rtol=0, atol=0)
-    assert data['inputs'] is inputs and len(actual) == 2
+    results = []
+    for each in (ours, theirs):
+        samples = [DetDataSample(gt_instances=InstanceData(bboxes=torch.zeros(1, 4))) for _ in images]
+        data = {'inputs': inputs, 'data_samples': samples}
+        found = each(data, training)
+        results.append((found['inputs'], [sample.metainfo for sample in found['data_samples']]))
+        assert data['inputs'] is inputs
+    assert_close(results[0][0], results[1][0], rtol=0, atol=0)
+    assert results[0][1] == results[1][1] and len(results[0][1]) == 2
+
+
+def test_images_of_other_channels_are_refused():
+    ours, _ = pair_of(DetDataPreprocessor, MODEL.data_preprocessor)
+    with pytest.raises(ValueError, match=r'must be \[3, H, W\], got \[1, 4, 4\]'):
+        ours({'inputs': [torch.zeros(1, 4, 4)], 'data_samples': None})
 
 
 def proposals(head, scale=1.0, dtype=torch.float32):
@@ -267,6 +298,30 @@ def test_features_of_rois(options):
     truth = extracted(theirs)[0]
     actual, rounded = (extracted(each, torch.bfloat16)[0].float() for each in (ours, theirs))
     assert (actual - truth).norm() < 0.02 * truth.norm() < 0.1 * (rounded - truth).norm()
+
+
+@pytest.mark.parametrize('count', [0, 1, 32, 33])
+def test_masks_of_few_sizes(count):
+    options = {**MODEL.roi_head.mask_head, 'in_channels': 8, 'conv_out_channels': 8}
+    ours, theirs = pair_of(FCNMaskHead, options)
+    theirs.load_state_dict(ours.state_dict())
+    features = torch.randn(count, 8, 6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    sizes, results = [], []
+    ours.register_forward_hook(lambda head, inputs, output: sizes.append(len(output)))
+    for head in (ours, theirs):
+        masks = head(features)
+        results.append((masks, *torch.autograd.grad(masks.square().sum(), [features, *head.parameters()])))
+    assert_close(*results, rtol=1e-3, atol=1e-4)
+    assert sizes == [-(-count // 32) * 32] and len(results[0][0]) == count
+
+
+def test_a_mask_head_with_batch_norm_sees_what_it_is_given():
+    options = {**MODEL.roi_head.mask_head, 'in_channels': 8, 'conv_out_channels': 8}
+    head, _ = pair_of(FCNMaskHead, {**options, 'norm_cfg': dict(type='BN')})
+    head.register_forward_hook(lambda head, inputs, output: sizes.append(len(output)))
+    sizes = []
+    head(torch.randn(3, 8, 6, 6))
+    assert sizes == [3]
 
 
 def test_no_rois():

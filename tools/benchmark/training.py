@@ -63,6 +63,7 @@ WRAPPED = (
     'AnchorGenerator',
     'DeltaXYWHBBoxCoder',
     'DetDataPreprocessor',
+    'FCNMaskHead',
     'LoadAnnotations',
     'MaxIoUAssigner',
     'RandomSampler',
