@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from mmvig.ops.arithmetic import sigmoid
+from mmvig.ops.launch import VERSION
 
 INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -24,6 +25,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 SPAN = tl.constexpr(180.0)
 # Binary orders by which a gate's pairs may be smaller than those that its factored form cancels.
 LOST = tl.constexpr(4.0)
+COLUMNS = tl.constexpr(8 if VERSION >= (3, 5) else 16)  # the fewest of a product
 # The least log2 decay of a token: 2 to it is 0 in float32, sums of it are strong, and it fits into float16.
 LEAST = tl.constexpr(-1024.0)
 # Numbers of the tables [BT, BT] that sum a tile over tokens, as table @ tile.
@@ -210,11 +212,10 @@ def tile_sum(table, x, MODE: tl.constexpr, TRANSPOSED: tl.constexpr = False):
 def whole_sum(x, MODE: tl.constexpr):
     """Sum log2 decays x [BT, BK] over all tokens as tile_sum does: [BK].
 
-    By a product, which leaves it where the rows of a state [BK, BV] are; all 8 columns, the fewest that
-    there can be, are the same.
+    By a product, which leaves it where the rows of a state [BK, BV] are; all columns are the same.
     """
-    ones = tl.full((8, x.shape[0]), 1.0, tl.float16)
-    return tl.sum(tile_sum(ones, x, MODE, True), 1) / 8
+    ones = tl.full((COLUMNS, x.shape[0]), 1.0, tl.float16)
+    return tl.sum(tile_sum(ones, x, MODE, True), 1) / COLUMNS
 
 
 @triton.jit
