@@ -214,10 +214,10 @@ def _is_plain(x: Tensor | None) -> bool:
         or torch.cuda.is_current_stream_capturing()
     ):
         return False
-    return not torch.is_grad_enabled() or not (torch.is_anomaly_enabled() or _has_saved_tensors_hooks())
+    return not torch.is_grad_enabled() or not (torch.is_anomaly_enabled() or has_saved_tensors_hooks())
 
 
-def _has_saved_tensors_hooks() -> bool:
+def has_saved_tensors_hooks() -> bool:
     """As of activation checkpointing."""
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks('there are some'):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmvig import checkpoints
 from mmvig.cuda_graphs import CudaGraphs
+from mmvig.first_use import FirstUse
 
 
 class Backbone(BaseModule):
@@ -64,6 +65,7 @@ class Backbone(BaseModule):
             raise ValueError(f'frozen_stages must be in -1..{num_built}, got {frozen_stages!r}')
         self.frozen_stages = frozen_stages
         self.graphs = CudaGraphs(cuda_graphs, with_cp)
+        self.first_use = FirstUse()
 
     def _parse_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
         indices = [out_indices] if type(out_indices) is int else out_indices
@@ -88,6 +90,12 @@ class Backbone(BaseModule):
                 f'images must be [B, {self.in_channels}, H, W] with H, W >= {self.min_side}, '
                 f'got {list(x.shape)}'
             )
+
+    def _run(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The maps of images: on a GPU, kernels are compiled first, and passes may be CUDA graphs."""
+        self._check(x)
+        self.first_use.prepare(self, self._compute, x)
+        return self.graphs.run(self, self._compute, x)
 
     def train(self, mode: bool = True) -> 'Backbone':
         """Set the training mode; frozen parts stay in evaluation mode."""

@@ -206,8 +206,7 @@ class ViGH(Backbone):
         Raises:
             ValueError: x is not a batch of images with ``in_channels`` channels.
         """
-        self._check(x)
-        return self.graphs.run(self, self._compute, x)
+        return self._run(x)
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x.permute(0, 2, 3, 1))
