@@ -967,10 +967,18 @@ def train_in_a_group(rank, file, results):
 @gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
 def test_several_gpus_train_as_without_graphs(tmp_path):
-    torch.multiprocessing.spawn(train_in_a_group, (tmp_path / 'group', tmp_path), nprocs=2)
+    command = [sys.executable, __file__]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / 'group'), str(tmp_path)]) for rank in (0, 1)
+    ]
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
     ranks = [torch.load(tmp_path / f'{rank}.pth', weights_only=False) for rank in range(2)]
     for (graphed, losses, outcomes), (plain, expected, _) in ranks:
         assert_same(graphed, plain)
         assert losses == expected
         assert outcomes['capture'] == 2 and outcomes['replay'] > CALLS
     assert_same(ranks[0][0][0], ranks[1][0][0])
+
+
+if __name__ == '__main__':
+    train_in_a_group(int(sys.argv[1]), *sys.argv[2:])
