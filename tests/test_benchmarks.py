@@ -4,7 +4,10 @@ import argparse
 import importlib
 import json
 import math
+import os
+import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -357,6 +360,42 @@ def test_the_job(small, tmp_path):
     )
     assert sum(row['sizes'].values()) == 6 and row['replayed'] is None and row['gpu'] is None
     assert f'{row["mean"] * 1e3:.1f}' in said
+
+
+@pytest.mark.parametrize('turns', [0, 2])
+def test_the_job_is_interrupted(small, tmp_path, module, monkeypatch, turns):
+    """By SIGTERM, as `timeout` sends it: what has been timed is written, and nothing goes on."""
+    training, left = module('training'), [turns]
+
+    def measure(model, iterations, skip):
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        left[0] -= 1
+        model.rows += [{'whole': 0.5, 'data': 0.1}] * iterations
+
+    class Started(training.Model):
+        def __init__(self, name, *args):
+            self.name, self.rows, self.sizes, self.passes = name, [], Counter(), None
+            self.facts, self.killed = {'first': 1.0}, []
+
+        receive = warm = turn = end = lambda self, *args: None
+        kill = lambda self: self.killed.append(1)  # noqa: E731
+
+    Started.measure = measure
+    monkeypatch.setattr(training, 'Model', Started)
+    out = tmp_path / 'out'
+    options = '--amp none --peers resnet50 --loops ours --turn 3 --iterations 60 --out'.split()
+    monkeypatch.setattr(sys, 'argv', ['training.py', str(small[0]), *options, str(out)])
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match='interrupted'):
+            training.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert (out / 'training.json').exists() == (turns > 0)
+    if turns:
+        rows = json.loads((out / 'training.json').read_text())['rows']
+        assert [(row['iterations'], row['mean']) for row in rows] == [(3, 0.5), (3, 0.5)]
 
 
 @pytest.mark.parametrize('which', [0, 1])

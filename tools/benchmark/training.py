@@ -19,13 +19,14 @@ iteration, from PyTorch's profiler, in iterations that are not timed. Memory is 
 ``first`` is the seconds from the process's start to the end of the first iteration, ``replayed`` the share
 of the backbone's timed passes that were CUDA graphs.
 
-Writes training.json and training.png.
+Writes training.json and training.png, also of what has been timed when it is interrupted (Ctrl-C, SIGTERM).
 """
 
 import argparse
 import copy
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -359,6 +360,9 @@ class Watch(Hook):
 
 def serve(cfg: Config, inference: bool, own_loop: bool, started: float, pipe: Connection) -> None:
     """The body of a model's process."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal's Ctrl-C goes to all: the first process ends us
     if not own_loop:
         cli.use_expandable_segments()
     import mmvig.compat  # noqa: F401  before what imports mmcv.ops
@@ -369,6 +373,8 @@ def serve(cfg: Config, inference: bool, own_loop: bool, started: float, pipe: Co
 
     try:
         run(cfg, inference, Turns(started, exchange))
+    except (EOFError, BrokenPipeError):  # nobody asks any more
+        return
     except Exception as error:  # the others' figures are still worth having; the exit status tells of it
         traceback.print_exc()
         pipe.send({'failed': f'{type(error).__name__}: {error}'[:500]})
@@ -422,6 +428,11 @@ class Model:
         """Let the process end."""
         if 'failed' not in self.facts:
             self.pipe.send(0)
+        self.process.join()
+
+    def kill(self) -> None:
+        """End the process where it is."""
+        self.process.kill()
         self.process.join()
 
     def summary(self) -> dict:
@@ -566,7 +577,20 @@ def main() -> None:
     if args.launcher != 'none':
         run_ranks(models, args)
         return
-    processes = []
+    processes: list[Model] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_models(models, processes, args)
+    except KeyboardInterrupt:
+        for model in processes:
+            model.kill()
+        report([model.summary() for model in processes if model.rows], args)
+        sys.exit('interrupted: these are the figures until then')
+    report([model.summary() for model in processes], args)
+
+
+def run_models(models: list[tuple[str, Config]], processes: list[Model], args: argparse.Namespace) -> None:
+    """Start the models' processes, which are put into ``processes``, run their turns, and end them."""
     for name, cfg in models:  # one after the other, so that each one's first iteration is its own
         processes.append(Model(name, cfg, args.inference))
         processes[-1].receive()
@@ -578,7 +602,6 @@ def main() -> None:
     for model in processes:
         model.turn(-1)
         model.end()
-    report([model.summary() for model in processes], args)
 
 
 def run_ranks(models: list[tuple[str, Config]], args: argparse.Namespace) -> None:
@@ -608,7 +631,9 @@ def run_ranks(models: list[tuple[str, Config]], args: argparse.Namespace) -> Non
 
 
 def report(rows: list[dict], args: argparse.Namespace) -> None:
-    """Print and write what was found; exit with status 1 if a model failed."""
+    """Print and write what was found; exit with status 1 if a model failed, or there is nothing."""
+    if not rows:
+        sys.exit('interrupted before anything was timed')
     show(rows)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     packages = ('mmengine', 'mmcv', 'mmdet', 'mmseg')
