@@ -1,9 +1,15 @@
-"""Compile all kernels for a compute capability without a GPU: prints names and bytes of shared memory.
+"""Compile all kernels for a compute capability without a GPU.
 
-Run by test_bigla_triton.py in a process of its own, since Triton compiles nothing where it interprets.
+Prints each one's name, its bytes of shared memory, and a hash of its machine code, which stays the same
+where a kernel has only been moved. Run by test_bigla_triton.py in a process of its own, since Triton
+compiles nothing where it interprets.
 """
 
+import hashlib
+import os
 import sys
+
+os.environ['TRITON_DISABLE_LINE_INFO'] = '1'  # else machine code holds names of files and numbers of lines
 
 import torch
 import triton
@@ -20,7 +26,7 @@ PARTIALS = [f'p_{i}' for i in range(8)]
 FUSED_TYPES = {'p_table': '*i64', **dict.fromkeys([*FLOATS, *PARTIALS, 'p_out'], '*fp32')}
 
 
-def compile_for(capability: int, kernel, constants: dict, types: dict) -> int:
+def compile_for(capability: int, kernel, constants: dict, types: dict):
     constants = dict(constants)
     names = constants.keys() & {'num_warps', 'num_stages', 'maxnreg'}
     options = {name: constants.pop(name) for name in names}
@@ -34,7 +40,7 @@ def compile_for(capability: int, kernel, constants: dict, types: dict) -> int:
         (i,): [['tt.divisibility', 16]] for i, x in enumerate(signature.values()) if x.startswith('*')
     }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options).metadata.shared
+    return triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
 
 
 def bigla_launches():
@@ -84,8 +90,9 @@ def fused_launches():
 def main() -> None:
     for launches, types in ((bigla_launches(), TYPES), (fused_launches(), FUSED_TYPES)):
         for kernel, constants in launches:
-            shared = compile_for(int(sys.argv[1]), kernel, constants, types)
-            print(kernel.__module__, kernel.__name__, shared, flush=True)
+            compiled = compile_for(int(sys.argv[1]), kernel, constants, types)
+            code = hashlib.sha256(compiled.asm['cubin']).hexdigest()[:12]
+            print(kernel.__module__, kernel.__name__, compiled.metadata.shared, code, flush=True)
 
 
 if __name__ == '__main__':

@@ -348,7 +348,7 @@ def test_kernels_fit_other_gpus(capability):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     most = 227 if capability >= 90 else 163
-    shared = [int(line.split()[-1]) / (most if ' project_' in line else 99) for line in lines]
+    shared = [int(line.split()[2]) / (most if ' project_' in line else 99) for line in lines]
     assert len(shared) == 28 and max(shared) <= 1024, done.stdout
 
 
