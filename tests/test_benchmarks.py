@@ -384,8 +384,8 @@ def test_the_job_is_interrupted(small, tmp_path, module, monkeypatch, turns):
     Started.measure = measure
     monkeypatch.setattr(training, 'Model', Started)
     out = tmp_path / 'out'
-    options = '--amp none --peers resnet50 --loops ours --turn 3 --iterations 60 --out'.split()
-    monkeypatch.setattr(sys, 'argv', ['training.py', str(small[0]), *options, str(out)])
+    options = '--amp none --peers resnet50 --loops ours --turn 3 --iterations 60'
+    monkeypatch.setattr(sys, 'argv', ['training.py', str(small[0]), *options.split(), '--out', str(out)])
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit, match='interrupted'):

@@ -2,8 +2,8 @@
 
 Built as the merged kernels are, from the same pieces and with the same block sizes, warps, stages and
 precisions; mmvig/ops/bigla/README.md derives them. Only the factored form for mild gates: a chunk whose
-decays sum up to more than kernels.SPAN binary orders in some channel may overflow, and nothing looks for
-such chunks. In bf16 and fp16 alone, as the merged operator takes another form in float32.
+decays sum up to more than SPAN binary orders (kernels/tiles.py) in some channel may overflow, and nothing
+looks for such chunks. In bf16 and fp16 alone, as the merged operator takes another form in float32.
 """
 
 import functools
@@ -15,32 +15,28 @@ import triton.language as tl
 from torch import Tensor
 
 from mmvig.ops.bigla import kernels
-from mmvig.ops.bigla.kernels import (
+from mmvig.ops.bigla.kernels.arithmetic import exp2_minus, nudged, product, shuffled, split, tf32_ready
+from mmvig.ops.bigla.kernels.gradients import direction_gradients
+from mmvig.ops.bigla.kernels.output import state_after
+from mmvig.ops.bigla.kernels.pairs import pairs
+from mmvig.ops.bigla.kernels.states import add_tokens
+from mmvig.ops.bigla.kernels.tiles import (
     AFTER,
     BALANCED,
     UP_TO,
-    add_tokens,
-    direction_gradients,
-    exp2_minus,
     load_gates,
     load_half_decay,
     load_state,
     load_table,
     load_tile,
-    nudged,
-    pairs,
     place_of,
-    product,
-    shuffled,
-    split,
-    state_after,
     store_state,
     store_sum,
     store_tile,
-    tf32_ready,
     tile_sum,
     whole_sum,
 )
+from mmvig.ops.bigla.kernels.tiles import INTS as SHARED_INTS
 from mmvig.ops.bigla.triton import (
     address,
     batched,
@@ -54,7 +50,7 @@ from mmvig.ops.bigla.triton import (
 from mmvig.ops.launch import Constants, ceil_div, empty_like_each, launch, multiprocessors
 
 NORMALIZER = 16.0
-INTS = [*kernels.INTS, *(f's_{x}{axis}' for x in ('g', 'dg') for axis in 'bnh')]
+INTS = [*SHARED_INTS, *(f's_{x}{axis}' for x in ('g', 'dg') for axis in 'bnh')]
 
 
 @triton.jit(do_not_specialize=INTS)

@@ -1,4 +1,4 @@
-"""BiGLA on GPUs: launches the kernels of kernels.py and makes them PyTorch operators.
+"""BiGLA on GPUs: launches the kernels of kernels/ and makes them PyTorch operators.
 
 Importing this module imports Triton. Forward: what each segment adds to the states, a scan over segments,
 the output; only the output where a sequence is a single segment. Training keeps the inputs and nothing

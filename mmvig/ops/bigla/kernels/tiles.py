@@ -1,0 +1,254 @@
+"""Tiles, states, sums of log decays and constant tables: where they lie, and sums over tokens."""
+
+import triton
+import triton.language as tl
+
+from mmvig.ops.bigla.kernels.arithmetic import INTERPRETED, LOG2E, log2_sigmoid, split
+from mmvig.ops.launch import VERSION
+
+# Largest sum of |log2 decay| over a chunk for the factored form: its factors stay within 2^(+-SPAN / 2), so
+# that inputs up to 2^30 do not overflow.
+SPAN = tl.constexpr(180.0)
+COLUMNS = tl.constexpr(8 if VERSION >= (3, 5) else 16)  # the fewest of a product
+# The least log2 decay of a token: 2 to it is 0 in float32, sums of it are strong, and it fits into float16.
+LEAST = tl.constexpr(-1024.0)
+# Numbers of the tables [BT, BT] that sum a tile over tokens, as table @ tile.
+BALANCED = tl.constexpr(0)  # +1/2 up to the row's token, -1/2 after it
+UP_TO = tl.constexpr(1)  # 1 up to the row's token
+AFTER = tl.constexpr(2)  # 1 after the row's token
+BEFORE = tl.constexpr(3)  # 1 before the row's token
+FROM = tl.constexpr(4)  # 1 from the row's token on
+# Integers that differ from call to call: Triton must not compile a kernel for their values.
+INTS = [
+    *['N', 'H', 'CH', 'NS', 'n_states', 'n_sums', 'n_chunks'],
+    *(f's_{x}{axis}' for x in [*'qkvfbo', 'dq', 'dk', 'dv', 'df', 'db'] for axis in 'bnh'),
+]
+
+
+@triton.jit
+def load_table(p_table, i: tl.constexpr, BT: tl.constexpr):
+    """Table or mask number i, [BT, BT] in its dtype."""
+    o = tl.arange(0, BT)
+    return tl.load(p_table + i * BT * BT + (o[:, None] * BT + o[None, :]))
+
+
+@triton.jit
+def tile_sum(table, x, MODE: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """Sum log2 decays x [BT, BK] over tokens: table @ x; TRANSPOSED: trans(table @ x).
+
+    float16 keeps 11 digits of each: an error of 2^-12 |x| in the exponent, so of at most 2^-12 * 0.4 in any
+    decay 2^x; half of a float16's last digit is kept by a second term where inputs are float16.
+    """
+    if TRANSPOSED:
+        x = tl.trans(x)
+        table = tl.trans(table)
+    if MODE == 'tf32x3':
+        table = table.to(tl.float32)
+        return (
+            tl.dot(x, table, input_precision=MODE) if TRANSPOSED else tl.dot(table, x, input_precision=MODE)
+        )
+    else:
+        high = x.to(tl.float16)
+        c = tl.dot(high, table) if TRANSPOSED else tl.dot(table, high)
+        if MODE == 'tf32':
+            low = (x - high.to(tl.float32)).to(tl.float16)
+            c = tl.dot(low, table, c) if TRANSPOSED else tl.dot(table, low, c)
+        return c
+
+
+@triton.jit
+def whole_sum(x, MODE: tl.constexpr):
+    """Sum log2 decays x [BT, BK] over all tokens as tile_sum does: [BK].
+
+    By a product, which leaves it where the rows of a state [BK, BV] are; all columns are the same.
+    """
+    ones = tl.full((COLUMNS, x.shape[0]), 1.0, tl.float16)
+    return tl.sum(tile_sum(ones, x, MODE, True), 1) / COLUMNS
+
+
+@triton.jit
+def running_sum(table, x, MODE: tl.constexpr):
+    """Sum any float32 x [BT, BK], in which large numbers may cancel, over tokens: table @ x."""
+    if MODE == 'tf32x3' or INTERPRETED:
+        return tl.dot(table.to(tl.float32), x, input_precision='tf32x3')
+    else:  # 16 digits of each, at any size
+        high, low = split(x, 'bf16')
+        return tl.dot(table, low, tl.dot(table, high))
+
+
+@triton.jit
+def at(p, i_b, i_h, s_b, s_h, UNIT: tl.constexpr):
+    """Where head i_h of image i_b starts."""
+    return p + (i_b.to(tl.int64) * s_b + i_h.to(tl.int64) * s_h) * UNIT
+
+
+@triton.jit
+def load_tile(
+    p, i_c, i_d, N, s_n, other, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr
+):
+    """Columns i_d * BD on of chunk i_c of a [N, D] matrix: [BT, BD], `other` beyond the edges."""
+    o_t = tl.arange(0, BT)[:, None]
+    o_d = i_d * BD + tl.arange(0, BD)[None, :]
+    s_n *= UNIT
+    p += s_n.to(tl.int64) * (i_c * BT)
+    mask = i_c * BT + o_t < N
+    if D % BD != 0:
+        mask &= o_d < D
+    return tl.load(p + (o_t * s_n + o_d), mask=mask, other=other)
+
+
+@triton.jit
+def store_tile(
+    p, x, i_c, i_d, N, s_n, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
+    wanted=True,
+):  # fmt: skip
+    """Write [BT, BD] as chunk i_c, columns i_d * BD on, of a [N, D] matrix, in its dtype, if `wanted`."""
+    o_t = tl.arange(0, BT)[:, None]
+    o_d = i_d * BD + tl.arange(0, BD)[None, :]
+    s_n *= UNIT
+    p += s_n.to(tl.int64) * (i_c * BT)
+    mask = (i_c * BT + o_t < N) & wanted
+    if D % BD != 0:
+        mask &= o_d < D
+    tl.store(p + (o_t * s_n + o_d), x.to(p.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_gates(
+    p, i_c, N, s_n, inv, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """The log2 decays of a chunk's gate logits g [BT, BK], 0 beyond the edges; and g in its dtype."""
+    g = load_tile(p, i_c, 0, N, s_n, float('inf'), K, BT, BK, UNIT)
+    ld = log2_sigmoid(g.to(tl.float32) * LOG2E, MODE) * inv
+    return tl.maximum(ld, LEAST, propagate_nan=tl.PropagateNan.ALL), g
+
+
+@triton.jit
+def channels(BK: tl.constexpr, SHUFFLE: tl.constexpr):
+    """Numbers of the channels 0 .. BK - 1, SHUFFLE: in the order of shuffled()."""
+    o_k = tl.arange(0, BK)
+    if SHUFFLE:
+        o_k = o_k // 8 * 8 + o_k % 4 * 2 + o_k // 4 % 2
+    return o_k
+
+
+@triton.jit
+def place_of(p_state, i, K: tl.constexpr, V: tl.constexpr):
+    """Where state number i begins, and from a row of it to the next."""
+    return p_state + i.to(tl.int64) * (K * V), V
+
+
+@triton.jit
+def place_in_output(
+    p_o, p_last, i_bh, i_c, i_z, n_chunks, s_on, K: tl.constexpr, V: tl.constexpr,
+    BT: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """The same for what enters chunk i_c, forward (i_z = 0) or backward: in the chunk's rows of the output.
+
+    Those are written when the state has been read, by the same program. The last chunk may have too few
+    rows: p_last [sequences, K, V] holds the only state that enters it.
+    """
+    s_n = s_on * UNIT
+    last = i_c == n_chunks - 1
+    p = p_o + (i_c * BT + i_z * K).to(tl.int64) * s_n
+    return tl.where(last, p_last + i_bh.to(tl.int64) * (K * V), p), tl.where(last, V, s_n)
+
+
+@triton.jit
+def load_state(place, there, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    SHUFFLE: tl.constexpr,
+):  # fmt: skip
+    """The state in a place, columns i_v * BV on, as float32 [BK, BV]; zeros unless `there`."""
+    p, s_k = place
+    o_k = channels(BK, SHUFFLE)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    mask = (o_k < K) & (o_v < V) & there
+    return tl.load(p + (o_k * s_k + o_v), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_state(place, x, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Write the state in a place, columns i_v * BV on."""
+    p, s_k = place
+    o_k = tl.arange(0, BK)[:, None]
+    o_v = i_v * BV + tl.arange(0, BV)[None, :]
+    tl.store(p + (o_k * s_k + o_v), x.to(p.dtype.element_ty), mask=(o_k < K) & (o_v < V))
+
+
+@triton.jit
+def load_sum(p_sum, i, K: tl.constexpr, BK: tl.constexpr, SHUFFLE: tl.constexpr = False):
+    """The sum of log2 decays over chunk i, [BK]."""
+    o_k = channels(BK, SHUFFLE)
+    return tl.load(p_sum + i * K + o_k, mask=o_k < K, other=0.0)
+
+
+@triton.jit
+def load_half_decay(p_sum, i, K: tl.constexpr, BK: tl.constexpr, SHUFFLE: tl.constexpr = False):
+    """2^(half the sum of log2 decays over chunk i), [BK]."""
+    return tl.exp2(0.5 * load_sum(p_sum, i, K, BK, SHUFFLE))
+
+
+@triton.jit
+def store_sum(p_sum, x, i, K: tl.constexpr, BK: tl.constexpr):
+    """Write x [BK] as the sum of log2 decays over chunk i."""
+    o_k = tl.arange(0, BK)
+    tl.store(p_sum + i * K + o_k, x, mask=o_k < K)
+
+
+@triton.jit
+def store_row(p_sum, x, i, row: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    """Write a row of x [BT, BK] as the sum of log2 decays over chunk i."""
+    o_t = tl.arange(0, BT)[:, None]
+    o_k = tl.arange(0, BK)[None, :]
+    tl.store(p_sum + i * K + (0 * o_t + o_k), x, mask=(o_t == row) & (o_k < K))
+
+
+@triton.jit
+def is_strong(sum_f, sum_b, most: tl.constexpr = SPAN):
+    """Whether one of these sums of log2 decays, of either direction, is more than `most` binary orders."""
+    return tl.min(tl.minimum(sum_f, sum_b)) < -most
+
+
+@triton.jit
+def any_strong(
+    p_sum, i, n, n_sums, K: tl.constexpr, BK: tl.constexpr, COUNT: tl.constexpr, most: tl.constexpr = SPAN
+):  # fmt: skip
+    """Whether a channel of chunks i .. i + min(n, COUNT) - 1 decays by more than `most` binary orders."""
+    o_k = tl.arange(0, BK)[None, :]
+    o_c = tl.arange(0, COUNT)[:, None]
+    p_sum += (i + o_c) * K + o_k
+    mask = (o_c < n) & (o_k < K)
+    sum_b = tl.load(p_sum + n_sums * K, mask=mask, other=0.0)
+    return is_strong(tl.load(p_sum, mask=mask, other=0.0), sum_b, most)
+
+
+@triton.jit
+def chunks_of_program(
+    p_sum, n_chunks, n_sums, H, CH, NV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    STRONG: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """First and end of a program's chunks among all sequences'; STRONG: none if none needs that form."""
+    if STRONG:
+        first = tl.program_id(0) * CH
+        end = tl.minimum(first + CH, n_sums)
+        if not EXACT:  # noqa: SIM102  the first is known when this is compiled
+            if not any_strong(p_sum, first, end - first, n_sums, K, BK, GROUP):
+                end = first
+    else:
+        i_bh = tl.program_id(2) * H + tl.program_id(1) // NV
+        first = i_bh * n_chunks + tl.program_id(0) * CH
+        end = tl.minimum(first + CH, (i_bh + 1) * n_chunks)
+    return first, end
+
+
+@triton.jit
+def sequence_of(i, n_chunks, H, NV: tl.constexpr, STRONG: tl.constexpr):
+    """Image, head and number of the sequence of chunk i; unless STRONG, the program's."""
+    if STRONG:
+        i_bh = i // n_chunks
+        return i_bh // H, i_bh % H, i_bh
+    else:
+        i_h = tl.program_id(1) // NV
+        i_b = tl.program_id(2)
+        return i_b, i_h, i_b * H + i_h
