@@ -20,13 +20,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmvig.ops.choice import (
-    PLAIN_TENSORS,
-    has_global_hooks,
-    has_hooks,
-    has_own_forward,
-    is_watched,
-)
+from mmvig.ops.plain import PLAIN_TENSORS, has_global_hooks, has_hooks, has_own_forward, is_watched
 
 CALLS = 4  # the call with a kind of input that captures: by then, more are likely
 MOST_CALLS = 64  # the same after captures in vain

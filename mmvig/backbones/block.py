@@ -15,9 +15,10 @@ from mmvig.backbones.layers import (
     is_plain_projection,
 )
 from mmvig.backbones.mixer import GatedTokenMixer
+from mmvig.ops.backend import autocast_dtype, use_triton
 from mmvig.ops.bigla import MAX_WIDTH as MAX_HEAD_DIM
-from mmvig.ops.choice import autocast_dtype, is_plain, use_triton
 from mmvig.ops.norm import MAX_WIDTH
+from mmvig.ops.plain import is_plain
 
 Factors = tuple[Tensor | None, Tensor | None]
 
@@ -99,7 +100,7 @@ class Block(nn.Module):
         scales = draw_factors([self.drop_path], x)[0] if factors is None else factors
         weights = self._operands(x)
         if weights is not None:
-            from mmvig.ops.block import block_op
+            from mmvig.ops.block.op import block_op
 
             mixer = self.mixer
             options = mixer.num_heads, self.norm1.eps, mixer.norm_long.eps, mixer.conv_act, mixer.out_act

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvig.ops.choice import PLAIN_TENSORS, autocast_dtype, is_plain, is_watched, use_triton
+from mmvig.ops.backend import autocast_dtype, use_triton
 from mmvig.ops.conv_norm import conv_norm, takes
+from mmvig.ops.cpu import MIN_WIDTH, apply_linear, linear
 from mmvig.ops.dwconv import dwconv3x3
-from mmvig.ops.linear import MIN_WIDTH, apply_linear, linear
 from mmvig.ops.norm import ACTIVATIONS, add, add_norm, norm
+from mmvig.ops.plain import PLAIN_TENSORS, is_plain, is_watched
 from mmvig.ops.swiglu import swiglu
 
 

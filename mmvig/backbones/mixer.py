@@ -12,8 +12,8 @@ from mmvig.backbones.layers import (
     normalise,
 )
 from mmvig.ops.bigla import bigla_packed, check_backend
+from mmvig.ops.cpu import apply_linear
 from mmvig.ops.gated_mix import gated_mix
-from mmvig.ops.linear import apply_linear
 
 # Width of the low-rank step that makes the decay gates' logits.
 GATE_RANK = 16

@@ -1,7 +1,10 @@
 """Operators of ViG in torch (and triton) alone: nothing here knows mmengine or mmcv.
 
-Each is a package: ``__init__`` has the formula and the choice of the backend, ``triton`` the kernels.
-``block`` is a whole block of the backbones made of them; the other modules are what they share.
+Each is a package: ``__init__`` has the formula and the choice of the backend, ``kernels`` the Triton
+kernels, ``op`` launches them and makes them PyTorch operators. ``block`` is a whole block of the backbones
+made of them. What they share: ``backend`` (which form runs), ``operator`` (a function made a PyTorch
+operator), ``launch``, ``persistent`` (memory that outlives a call), ``plain`` (what may be by-passed),
+``cpu``, ``torch_private``.
 """
 
 from mmvig.ops.bigla import bigla, bigla_packed

@@ -8,7 +8,7 @@ last, and takes [B, H, W, C] for [B, C, H, W]: copies were a tenth of a compiled
 import torch
 import torch.nn.functional as F
 
-from mmvig.ops.launch import differentiate, operator
+from mmvig.ops.operator import differentiate, operator
 
 
 def _fake(x, weight, stride):

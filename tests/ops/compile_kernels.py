@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmvig.ops.bigla import kernels
-from mmvig.ops.bigla.triton import plan, scan_constants
+from mmvig.ops.bigla.plan import plan, scan_constants
 
 TYPES = {'p_sum': '*fp32', 'p_table': '*fp16', 'p_mask': '*i16', 'scale': 'fp32', 'inv': 'fp32'}
 # Of the fused operators: the residual stream, weights and their gradients are in float32.
@@ -60,16 +60,19 @@ def bigla_launches():
 
 def fused_launches():
     """Kernels and constants of the fused operators at 384 channels."""
-    from mmvig.ops import cast, low_rank, partial_sums
-    from mmvig.ops.conv_norm import triton as conv_norm
-    from mmvig.ops.dwconv import triton as dwconv
-    from mmvig.ops.gated_mix import triton as gated_mix
-    from mmvig.ops.norm import triton as norm
-    from mmvig.ops.swiglu import triton as swiglu
+    from mmvig.ops.block import half_weights, low_rank, partial_sums
+    from mmvig.ops.conv_norm import op as conv_norm
+    from mmvig.ops.dwconv import op as dwconv
+    from mmvig.ops.gated_mix import op as gated_mix
+    from mmvig.ops.norm import op as norm
+    from mmvig.ops.swiglu import op as swiglu
 
     stem = torch.Size((96, 3, 9, 9))
     yield conv_norm.forward_kernel, conv_norm.constants(stem, 8, 1e-5, 'gelu', True)
-    yield cast.cast_kernel, cast.constants((73728, 36864, 3072, 3072, 192, 36864, 98304, 49152))[0]
+    yield (
+        half_weights.cast_kernel,
+        half_weights.constants((73728, 36864, 3072, 3072, 192, 36864, 98304, 49152))[0],
+    )
     yield partial_sums.sum_kernel, partial_sums.CONSTANTS
     yield low_rank.backward_kernel, low_rank.constants_of(384, 16, 1168, 1168, 128)
     cpu = torch.device('cpu')

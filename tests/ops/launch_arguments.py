@@ -16,8 +16,9 @@ from triton.backends.nvidia import compiler as nvidia_compiler
 from triton.backends.nvidia import driver as nvidia
 
 from mmvig.first_use import compile_all
-from mmvig.ops import cast, launch, partial_sums
-from mmvig.ops.norm import triton as norm
+from mmvig.ops import launch
+from mmvig.ops.block import half_weights, partial_sums
+from mmvig.ops.norm import op as norm
 
 STREAM, DEVICE = 7, torch.device('cuda', 0)
 calls: list[tuple] = []
@@ -79,7 +80,11 @@ def kernels():
     """Kernels, their tensors and numbers, and their constants."""
     weights = [torch.zeros(n) for n in (64, 32, 16, 16, 16, 64, 128, 64)]
     low = torch.zeros(400, dtype=torch.bfloat16)
-    yield cast.cast_kernel, (*weights, low), cast.constants(tuple(x.numel() for x in weights))[0]
+    yield (
+        half_weights.cast_kernel,
+        (*weights, low),
+        half_weights.constants(tuple(x.numel() for x in weights))[0],
+    )
     partials = [torch.zeros(4, 64) for _ in range(5)]
     table, out = torch.zeros(1, 6, dtype=torch.int64), torch.zeros(64)
     yield partial_sums.sum_kernel, (*partials, table, out), partial_sums.CONSTANTS

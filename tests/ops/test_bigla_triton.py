@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.ops import bigla, bigla_packed
-from mmvig.ops.bigla import triton as backend
+from mmvig.ops.bigla import op as backend
 from mmvig.ops.bigla import unpack
 
 ON_GPU = torch.cuda.is_available()
@@ -217,18 +217,16 @@ def test_same_bits_however_it_runs(dtype):
 
 
 def test_halves_of_a_batch_give_the_same_bits(monkeypatch):
-    from mmvig.ops.bigla import triton
+    from mmvig.ops.bigla import op
 
     # More chunks than one, with states of more than a quarter of the inputs' memory.
     inputs = make_inputs(*((200, 32, 64) if ON_GPU else (40, 16, 32)), batch=3, dtype=torch.bfloat16)
     whole = bigla(*inputs, backend='triton')
     batches = []
-    make_states = triton.make_states
-    monkeypatch.setattr(
-        triton, 'make_states', lambda x, *a: (batches.append(len(x[0])), make_states(x, *a))
-    )
+    make_states = op.make_states
+    monkeypatch.setattr(op, 'make_states', lambda x, *a: (batches.append(len(x[0])), make_states(x, *a)))
     assert torch.equal(bigla(*inputs, backend='triton'), whole) and batches == [3]
-    monkeypatch.setattr(triton, 'MAX_STATES', 0)
+    monkeypatch.setattr(op, 'MAX_STATES', 0)
     assert torch.equal(bigla(*inputs, backend='triton'), whole) and batches == [3, 2, 1]
 
 

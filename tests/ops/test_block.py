@@ -13,7 +13,7 @@ from torch import nn
 from mmvig.backbones.block import Block
 from mmvig.backbones.layers import SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
-from mmvig.ops import block as ops
+from mmvig.ops.block import op as ops
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if ON_GPU else 'cpu'  # where conftest.py has Triton interpret its kernels

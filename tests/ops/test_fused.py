@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mmvig.backbones import ViG, ViGH
 from mmvig.backbones.layers import ConvNorm, use_any_device
-from mmvig.ops import choice
+from mmvig.ops.backend import _why_not_triton_cached
 from mmvig.ops.conv_norm import conv_norm
 from mmvig.ops.dwconv import dwconv3x3
 from mmvig.ops.gated_mix import gated_mix
@@ -221,10 +221,10 @@ def test_is_a_torch_operator(name):
 
 def operator_of(name):
     """The PyTorch operator that a case calls."""
-    import mmvig.ops.dwconv.triton
-    import mmvig.ops.gated_mix.triton
-    import mmvig.ops.norm.triton
-    import mmvig.ops.swiglu.triton  # noqa: F401
+    import mmvig.ops.dwconv.op
+    import mmvig.ops.gated_mix.op
+    import mmvig.ops.norm.op
+    import mmvig.ops.swiglu.op  # noqa: F401
 
     first = name.split()[0]
     return getattr(torch.ops.mmvig, {'dwconv': 'dwconv3x3'}.get(first, first)).default
@@ -307,7 +307,7 @@ def make_products(rows, channels, width, dtype):
 
 def assert_products(rows, channels, width, dtype):
     """Products with the activation: the same bits with h and without, errors like those of two kernels."""
-    from mmvig.ops.swiglu import triton as ops
+    from mmvig.ops.swiglu import op as ops
 
     y, dz, w_1, w_2 = make_products(rows, channels, width, dtype)
     assert ops.is_fused(y, ops.MAX_WIDTH) and ops.is_fused(dz, ops.MAX_BACKWARD_WIDTH)
@@ -335,7 +335,7 @@ def test_products_with_their_activation(size, dtype):
 
 
 def test_products_take_any_gradient_and_no_rows():
-    from mmvig.ops.swiglu import triton as ops
+    from mmvig.ops.swiglu import op as ops
 
     y, dz, w_1, w_2 = make_products(9, 24, 16, torch.float16)
     h, _ = ops.project(y, w_1, True)
@@ -386,12 +386,12 @@ def test_any_device_runs_what_was_built_for_triton(monkeypatch):
     plain.load_state_dict(fused.state_dict())
     x = torch.randn(1, 3, 9, 12)
     monkeypatch.setattr('mmvig.ops.launch.unavailable', lambda *_: 'it is not here')
-    choice._why_not_triton_cached.cache_clear()
+    _why_not_triton_cached.cache_clear()
     with torch.no_grad():
         assert torch.equal(fused(x)[0], plain(x)[0])
     with pytest.raises(ValueError, match='it is not here'):
         MODELS['ViGH'](backend='triton')(x)
-    choice._why_not_triton_cached.cache_clear()
+    _why_not_triton_cached.cache_clear()
 
 
 def test_mixed_precision_gives_nothing_away():
@@ -433,7 +433,7 @@ def test_sweep_of_products(size, dtype):
 
 @gpu
 def test_products_of_more_elements_than_32_bits_count():
-    from mmvig.ops.swiglu import triton as ops
+    from mmvig.ops.swiglu import op as ops
 
     y, dz, w_1, w_2 = make_products(4_300_000, 96, 256, torch.bfloat16)  # 2.2e9 elements
     h, activated = ops.project(y, w_1, True)
@@ -449,7 +449,7 @@ def test_compiles_for_no_size(name):
     case = CASES[name]
 
     def compiled():
-        module = importlib.import_module(f'mmvig.ops.{name.split()[0].removeprefix("add_")}.triton')
+        module = importlib.import_module(f'mmvig.ops.{name.split()[0].removeprefix("add_")}.op')
         kernels = module.forward_kernel, module.backward_kernel
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
@@ -555,7 +555,7 @@ def test_conv_norm(size, side, stride, act, low):
 
 @pytest.mark.parametrize('images', [False, True])
 def test_conv_norm_is_a_torch_operator(images):
-    import mmvig.ops.conv_norm.triton  # noqa: F401
+    import mmvig.ops.conv_norm.op  # noqa: F401
 
     x, *weights = conv_norm_inputs()
     arguments = x.permute(0, 2, 3, 1).requires_grad_(images), *[w.requires_grad_() for w in weights]
@@ -615,7 +615,7 @@ def test_compiled_layers_hide_their_convolutions():
 
 def test_old_versions_of_triton_are_named(monkeypatch):
     from mmvig.ops import launch
-    from mmvig.ops.dwconv.triton import OLDEST_TRITON
+    from mmvig.ops.dwconv.op import OLDEST_TRITON
 
     monkeypatch.setattr(launch, 'INTERPRETED', False)
     monkeypatch.setattr(launch, 'VERSION', (3, 1))
@@ -656,7 +656,7 @@ def test_shift_is_added_before_the_norm():
 
 
 def test_cast():
-    from mmvig.ops.cast import BLOCK, cast
+    from mmvig.ops.block.half_weights import BLOCK, cast
 
     sizes = (3, BLOCK), (BLOCK + 1,), (1,), (2, 5), (7,), (BLOCK,), (3, 1, 2), (11,)
     sources = [torch.randn(size, device=DEVICE) for size in sizes]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmvig.ops import low_rank
+from mmvig.ops.block import low_rank
 
 # On a CPU, conftest.py has Triton interpret its kernels.
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'

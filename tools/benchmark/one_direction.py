@@ -37,7 +37,7 @@ from mmvig.ops.bigla.kernels.tiles import (
     whole_sum,
 )
 from mmvig.ops.bigla.kernels.tiles import INTS as SHARED_INTS
-from mmvig.ops.bigla.triton import (
+from mmvig.ops.bigla.plan import (
     address,
     batched,
     compile_key,

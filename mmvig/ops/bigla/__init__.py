@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from mmvig.ops.backend import why_not_triton
 from mmvig.ops.bigla.forms import bigla_chunked
 from mmvig.ops.bigla.reference import bigla_reference
-from mmvig.ops.choice import why_not_triton
 
 __all__ = ['BACKENDS', 'bigla', 'bigla_packed']
 
@@ -68,7 +68,7 @@ def bigla(
     backend = _choose(backend, q, q.shape[-1], v.shape[-1])
     inputs = (q, k, v, g_fwd, g_bwd)
     if backend == 'triton':
-        from mmvig.ops.bigla.triton import bigla_op
+        from mmvig.ops.bigla.op import bigla_op
 
         return bigla_op(*inputs, scale, gate_normalizer)
     return (bigla_chunked if backend == 'chunked' else bigla_reference)(*inputs, scale, gate_normalizer)
@@ -126,7 +126,7 @@ def bigla_packed(
             *unpack(qkv, gates, num_heads)
         )  # names what disagrees; views take longer than a launch
     scale = _check_options(scale, gate_normalizer, key_width // num_heads)
-    from mmvig.ops.bigla.triton import bigla_packed_op
+    from mmvig.ops.bigla.op import bigla_packed_op
 
     return bigla_packed_op(qkv, gates, num_heads, scale, gate_normalizer)
 

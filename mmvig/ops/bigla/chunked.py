@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmvig.ops.choice import is_watched
+from mmvig.ops.plain import is_watched
 
 # Tokens per chunk: the pairwise decays take K * CHUNK floats a token, the states K * V / CHUNK.
 CHUNK = 8

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvig.ops.bigla.chunked import general_forward
 from mmvig.ops.bigla.mild import FORMS, GRADIENT_FORMS, mild_backward, mild_forward
-from mmvig.ops.choice import PLAIN_TENSORS, is_watched
+from mmvig.ops.plain import PLAIN_TENSORS, is_watched
 
 
 def bigla_chunked(

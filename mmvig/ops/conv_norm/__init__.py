@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.ops.arguments import check_dtype, check_eps, check_one_dtype, check_tensors
-from mmvig.ops.choice import autocast_dtype, use_triton
+from mmvig.ops.backend import autocast_dtype, use_triton
 from mmvig.ops.norm import ACTIVATIONS, norm
 
 __all__ = ['conv_norm', 'takes']
@@ -70,7 +70,7 @@ def conv_norm(
             f'got {low}, {x.shape[3]} and {conv_weight.shape[0]}'
         )
     if fits and use_triton(__name__, backend, x):
-        from mmvig.ops.conv_norm.triton import conv_norm_op
+        from mmvig.ops.conv_norm.op import conv_norm_op
 
         weights = conv_weight, conv_bias, weight, bias
         return conv_norm_op(x, *weights, eps, stride, low, dtype or low, act)[0]

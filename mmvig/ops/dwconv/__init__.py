@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.ops.arguments import check_one_dtype, check_tensors
-from mmvig.ops.choice import autocast_dtype, use_triton
+from mmvig.ops.backend import autocast_dtype, use_triton
 
 __all__ = ['dwconv3x3']
 
@@ -32,7 +32,7 @@ def dwconv3x3(x: Tensor, weight: Tensor, *, backend: str = 'auto') -> Tensor:
             f'x must be [B, H, W, C] and weight [C, 1, 3, 3], got {list(x.shape)} and {list(weight.shape)}'
         )
     if use_triton(__name__, backend, x):
-        from mmvig.ops.dwconv.triton import dwconv3x3_op
+        from mmvig.ops.dwconv.op import dwconv3x3_op
 
         return dwconv3x3_op(x.to(autocast_dtype(x)), weight)
     check_one_dtype(x=x, weight=weight)

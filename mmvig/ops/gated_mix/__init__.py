@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.ops.arguments import check_eps, check_flags, check_tensors
-from mmvig.ops.choice import autocast_dtype, use_triton
-from mmvig.ops.linear import linear
+from mmvig.ops.backend import autocast_dtype, use_triton
+from mmvig.ops.cpu import linear
 
 __all__ = ['gated_mix']
 
@@ -62,7 +62,7 @@ def gated_mix(
     if weight_out.ndim != 2 or weight_out.shape[1] != long.shape[-1]:
         raise ValueError(f'weight_out must be [C, {long.shape[-1]}], got {list(weight_out.shape)}')
     if use_triton(__name__, backend, long):
-        from mmvig.ops.gated_mix.triton import gated_mix_op
+        from mmvig.ops.gated_mix.op import gated_mix_op
 
         dtype = autocast_dtype(long)
         long, gate, short, weight_out = (x.to(dtype) for x in (long, gate, short, weight_out))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.ops.arguments import check_dtype, check_eps, check_flags, check_tensors
-from mmvig.ops.choice import use_triton
+from mmvig.ops.backend import use_triton
 
 __all__ = ['ACTIVATIONS', 'add', 'add_norm', 'norm']
 
@@ -57,7 +57,7 @@ def norm(
     check_flags(channels_first=channels_first)
     dtype = dtype or x.dtype
     if _fits(backend, x):
-        from mmvig.ops.norm.triton import norm_op
+        from mmvig.ops.norm.op import norm_op
 
         return norm_op(
             x, weight, _bias_for_kernels(weight, bias, rms), shift, eps, dtype, act, channels_first
@@ -106,7 +106,7 @@ def add_norm(
         raise ValueError('scale gets no gradient, and this one asks for it: give scale.detach()')
     dtype = dtype or x.dtype
     if _fits(backend, x):
-        from mmvig.ops.norm.triton import add_norm_op
+        from mmvig.ops.norm.op import add_norm_op
 
         bias = _bias_for_kernels(weight, bias, rms)
         return add_norm_op(x, branch, scale, weight, bias, eps, dtype, channels_first)

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.ops.arguments import check_one_dtype, check_tensors
-from mmvig.ops.choice import autocast_dtype, use_triton
-from mmvig.ops.linear import linear
+from mmvig.ops.backend import autocast_dtype, use_triton
+from mmvig.ops.cpu import linear
 
 __all__ = ['swiglu']
 
@@ -36,7 +36,7 @@ def swiglu(x: Tensor, weight: Tensor, *, backend: str = 'auto') -> Tensor:
             f'x must be [..., 2 D] and weight [C, D], got {list(x.shape)}, {list(weight.shape)}'
         )
     if use_triton(__name__, backend, x):
-        from mmvig.ops.swiglu.triton import swiglu_op
+        from mmvig.ops.swiglu.op import swiglu_op
 
         dtype = autocast_dtype(x)
         return swiglu_op(x.to(dtype), weight.to(dtype))

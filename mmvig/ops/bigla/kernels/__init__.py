@@ -1,4 +1,4 @@
-"""Triton kernels of BiGLA; README.md beside this file derives them, triton.py launches them.
+"""Triton kernels of BiGLA; README.md beside this file derives them, op.py launches them.
 
 Sizes: N tokens, H heads, K and V head widths, BT tokens of a chunk, NC chunks of a segment, BK, BV blocks
 of widths, CH chunks (states_kernel: segments) of a program, n_states segments and n_sums chunks of all

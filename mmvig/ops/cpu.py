@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmvig.ops.choice import is_plain, is_watched
+from mmvig.ops.plain import is_plain, is_watched
 
 __all__ = ['apply_linear', 'linear']
 

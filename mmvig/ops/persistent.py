@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ['is_capturing', 'lasting', 'lasting_cache']
+__all__ = ['is_capturing', 'persistent', 'persistent_cache']
 
 Result = TypeVar('Result')
 
@@ -17,7 +17,7 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
 
 
-def lasting(make: Callable[[], Result], device: torch.device) -> Result:
+def persistent(make: Callable[[], Result], device: torch.device) -> Result:
     """What ``make()`` returns, with tensors that later calls may use, on any stream.
 
     Not to be called during a capture, which may forbid other threads to allocate.
@@ -41,7 +41,7 @@ def lasting(make: Callable[[], Result], device: torch.device) -> Result:
         return thread.submit(run).result()
 
 
-def lasting_cache(make: Callable[..., Result]) -> Callable[..., Result]:
+def persistent_cache(make: Callable[..., Result]) -> Callable[..., Result]:
     """Keep what ``make(device, *more)`` returns, for good, since CUDA graphs may read it.
 
     Made during a capture, it belongs to that graph, which fills it at each replay, and is not kept.
@@ -54,7 +54,7 @@ def lasting_cache(make: Callable[..., Result]) -> Callable[..., Result]:
         if found is None:
             if is_capturing(device):
                 return make(device, *more)
-            made = lasting(functools.partial(make, device, *more), device)
+            made = persistent(functools.partial(make, device, *more), device)
             found = cache.setdefault((device, more), made)  # another thread's may be in use already
         return found
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmvig.backbones.layers import ConvNorm, SwiGLU
-from mmvig.ops.linear import MIN_WIDTH, apply_linear, linear
+from mmvig.ops.cpu import MIN_WIDTH, apply_linear, linear
 
 
 @pytest.fixture

@@ -13,14 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.ops.launch import (
-    INTERPRETED,
-    Constants,
-    ceil_div,
-    compile_key,
-    launch,
-    multiprocessors,
-)
+from mmvig.ops.launch import INTERPRETED, Constants, ceil_div, compile_key, launch, multiprocessors
 
 # Columns of a tile, its rows where there are many and where there are few, and programs a multiprocessor.
 COLUMNS, MANY_ROWS, FEW_ROWS, FILL = 64, 128, 32, 2

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from mmvig.ops.lasting import lasting, lasting_cache
+from mmvig.ops.persistent import persistent, persistent_cache
 
 CPU, GPU = torch.device('cpu'), torch.device('cuda', 1)
 
@@ -38,7 +38,7 @@ def test_a_thread_of_its_own_makes_it_on_a_gpu(seen):
         return torch.ones(2)
 
     with torch.inference_mode():
-        made = lasting(make, GPU)
+        made = persistent(make, GPU)
     assert made.tolist() == [1, 1] and not made.is_inference()
     threads, steps = zip(*seen, strict=True)
     assert steps == (GPU, 'make', 'synchronize', 'left')
@@ -51,19 +51,19 @@ def test_errors_arrive(seen):
         raise torch.cuda.OutOfMemoryError('no memory')
 
     with pytest.raises(torch.cuda.OutOfMemoryError, match='no memory'):
-        lasting(make, GPU)
+        persistent(make, GPU)
 
 
 def test_the_caller_makes_it_on_a_cpu():
     with torch.inference_mode():
-        made, ident = lasting(lambda: (torch.ones(1), threading.get_ident()), CPU)
+        made, ident = persistent(lambda: (torch.ones(1), threading.get_ident()), CPU)
     assert ident == threading.get_ident() and not made.is_inference()
 
 
 def test_kept_by_all_arguments_but_not_from_a_capture(seen, monkeypatch):
     calls = []
 
-    @lasting_cache
+    @persistent_cache
     def make(device, size):
         calls.append((device, size, threading.get_ident()))
         return torch.ones(size)
@@ -87,7 +87,7 @@ def test_the_first_to_be_ready_is_kept():
     """Where two threads make it at once: it may be in use."""
     made, seen = [], []
 
-    @lasting_cache
+    @persistent_cache
     def make(device):
         mine = torch.ones(1)
         made.append(mine)

@@ -1,8 +1,6 @@
-"""BiGLA on GPUs: launches the kernels of kernels/ and makes them PyTorch operators.
+"""How BiGLA's kernels are launched: sizes of blocks, numbers of programs, and where tensors lie.
 
-Importing this module imports Triton. Forward: what each segment adds to the states, a scan over segments,
-the output; only the output where a sequence is a single segment. Training keeps the inputs and nothing
-else.
+Importing this module imports Triton.
 """
 
 import functools
@@ -12,18 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from mmvig.ops.bigla import kernels
-from mmvig.ops.lasting import lasting_cache
-from mmvig.ops.launch import (
-    INTERPRETED,
-    Constants,
-    ceil_div,
-    differentiate,
-    empty_like_each,
-    launch,
-    multiprocessors,
-    operator,
-)
+from mmvig.ops.launch import INTERPRETED, Constants, ceil_div, multiprocessors
+from mmvig.ops.persistent import persistent_cache
 
 # Largest number of elements between a chunk's first and last token: offsets within a chunk are 32-bit.
 MAX_CHUNK_SPAN = 2**31
@@ -131,8 +119,6 @@ SCANS = {
     128: {'BW': 2, 'BR': 16, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1},
     float('inf'): {'BW': 8, 'BR': 16, 'WIDTH': 1, 'num_warps': 4, 'num_stages': 1},
 }
-if INTERPRETED:
-    SCANS = {float('inf'): {'BW': 2, 'BR': 2, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1}}
 # Most segments or chunks of a program, where that is not 64: short programs share the memory better.
 MAX_RUNS = {'states': 4}
 # Sums of chunks, of K channels each, that a program looks through for strong gates.
@@ -149,7 +135,7 @@ MAX_STATES = 2**24
 MAX_GRID = 65535
 
 
-@lasting_cache
+@persistent_cache
 def tables(device: torch.device, block_t: int) -> tuple[Tensor, Tensor, Tensor]:
     """Constants of the kernels: tables [5, BT, BT], BEFORE in bf16, and masks of queries [2, BT, BT]."""
     row = torch.arange(block_t, device=device)[:, None]
@@ -183,103 +169,6 @@ def fill_waves(n: int, sequences: int, places: int, most: int = 64) -> int:
     return min(range(1, min(n, most) + 1), key=time)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gf: Tensor,
-    gb: Tensor,
-    scale: float,
-    normalizer: float,
-    o: Tensor,
-    whole: bool = False,
-) -> None:
-    """Write the output for ``[B, N, H, K or V]`` inputs into ``o``, of v's shape.
-
-    ``whole``: all images at once, whatever memory that takes.
-    """
-    batch, num_tokens, heads, key_dim = q.shape
-    value_dim = v.shape[-1]
-    if batch == 0:
-        return
-    p = plan(key_dim, value_dim, v.dtype)
-    most = MAX_GRID
-    if p['share'] > 1 / 4 and not whole:  # noqa: SIM102  what follows takes longer
-        if p['share'] * (4 * q.nbytes + v.nbytes) > MAX_STATES:
-            most = min(most, ceil_div(batch, 2))
-    if batch > most:
-        for part in zip(*(x.split(most) for x in (q, k, v, gf, gb, o)), strict=True):
-            forward(*part[:5], scale, normalizer, part[5], True)
-        return
-    # Sequences that are walked have their states in the output's memory.
-    in_output = p['in_output'] and p['output']['BT'] < num_tokens <= MAX_WALK
-    name = 'walked_output' if in_output else 'output'
-    chunks = 1 if in_output else p['NC']
-    block_t = p[name]['BT']
-    inputs, unit, strides, same = address((q, k, v, gf, gb, o), block_t)
-    common = (scale / 2, 1 / normalizer)
-    num_chunks = ceil_div(num_tokens, block_t)
-    n_states = batch * heads * ceil_div(num_chunks, chunks)
-    key = compile_key(v, gf, gb, unit, strides)
-    sums = v.new_empty(2, batch * heads * num_chunks, key_dim, dtype=torch.float32)
-    # Empty for a single chunk, but of the dtype that kernels are compiled for.
-    alone = num_chunks == 1
-    held = batch * heads if in_output else 0 if alone else 2 * n_states
-    state = v.new_empty(held, key_dim, value_dim, dtype=p['state_dtype'])
-    widths = key_dim, value_dim, v.dtype
-    if not alone:
-        make_states(
-            inputs, state, sums, num_chunks, strides, common, key, widths, 'states', unit, same, chunks,
-            in_output,
-        )  # fmt: skip
-    table = tables(v.device, block_t)[0]
-    sizes = num_tokens, heads, n_states, batch * heads * num_chunks
-    mild_then_strong(
-        kernels.output_kernel, key, num_chunks, (heads, ceil_div(value_dim, p[name]['BV']), batch),
-        (*inputs, state, sums, table, *sizes, *strides), common, widths, name,
-        {'UNIT': unit, 'SAME': same, 'NC': chunks, 'ALONE': alone, 'IN_OUTPUT': in_output},
-    )  # fmt: skip
-
-
-def make_states(
-    inputs, state, sums, num_chunks, strides, common, key, widths, name, unit, same, chunks,
-    in_output=False,
-) -> None:  # fmt: skip
-    """Fill ``state [kinds * B * H * segments, K, V]`` with what leaves each segment, and ``sums``.
-
-    Two kinds of states for the output, four for gradients.
-    ``in_output``: as in the kernels; ``state`` is [B * H, K, V].
-    """
-    batch, num_tokens, heads, key_dim = inputs[0].shape
-    value_dim = state.shape[-1]
-    kinds = 4 if name == 'back_states' else 2
-    num_segments = ceil_div(num_chunks, chunks)
-    n_states = batch * heads * num_segments
-    n_sums = batch * heads * num_chunks
-    if chunks == 1 and num_tokens <= MAX_WALK:
-        walk = 'walk' if kinds == 2 else 'short_back_walk' if num_tokens <= MAX_SHORT_WALK else 'back_walk'
-        constants = constants_of(*widths, walk, UNIT=unit, SAME=same, IN_OUTPUT=in_output)
-        launch(
-            kernels.walk_kernel, key, (kinds, heads * ceil_div(value_dim, constants['BV']), batch),
-            (*inputs, state, sums, tables(state.device, constants['BT'])[0], num_tokens, heads, n_states,
-             n_sums, *strides, *common), constants,
-        )  # fmt: skip
-        return
-    constants = constants_of(*widths, name, UNIT=unit, SAME=same, NC=chunks, BACKWARD=kinds == 4)
-    blocks_v = ceil_div(value_dim, constants['BV'])
-    run = run_length(widths, name, num_segments, batch * heads * blocks_v, state.device)
-    launch(
-        kernels.states_kernel, key, (ceil_div(num_segments, run), heads * blocks_v, batch),
-        (*inputs, state, sums, tables(state.device, constants['BT'])[0], num_tokens, heads, n_states,
-         n_sums, *strides, run, *common), constants,
-    )  # fmt: skip
-    scan = scan_constants(widths, num_segments, chunks)
-    launch(
-        kernels.scan_kernel, key, (batch * heads, ceil_div(key_dim, scan['ROWS']), kinds),
-        (state, sums, num_segments, n_states, num_chunks), scan,
-    )  # fmt: skip
-
-
 @functools.lru_cache(maxsize=4096)
 def scan_constants(widths: tuple[int, int, torch.dtype], num_segments: int, chunks: int) -> Constants:
     """Constants of the scan over so many segments of so many chunks."""
@@ -287,72 +176,6 @@ def scan_constants(widths: tuple[int, int, torch.dtype], num_segments: int, chun
     blocks = dict(SCANS[most])
     rows = max(1, blocks.pop('WIDTH') // plan(*widths)['scan']['BV'])
     return constants_of(*widths, 'scan', NC=chunks, ROWS=rows, **blocks)
-
-
-def mild_then_strong(kernel, key, num_chunks, parts, arguments, common, widths, name, more) -> None:
-    """Run ``kernel`` in the factored form, then by levels on chunks whose gates need it; all in float32.
-
-    ``parts``: numbers of heads, blocks of V, images. ``more``: constants besides those of ``name`` in
-    :func:`plan` for ``widths``.
-    """
-    heads, blocks_v, batch = parts
-    mild = constants_of(*widths, name, STRONG=False, GROUP=1, **more)
-    exact = mild['MODE'] == 'tf32x3'
-    if not exact:
-        run = run_length(widths, name, num_chunks, heads * blocks_v * batch, arguments[0].device)
-        grid = ceil_div(num_chunks, run), heads * blocks_v, batch
-        launch(kernel, key, grid, (*arguments, run, *common), mild)
-    group = 1 if exact else GROUP // mild['BK']
-    launch(
-        kernel, key, (ceil_div(num_chunks * heads * batch, group), blocks_v, 1),
-        (*arguments, group, *common),
-        constants_of(*widths, f'strong_{name}', STRONG=True, GROUP=group, **more),
-    )  # fmt: skip
-
-
-def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gf: Tensor,
-    gb: Tensor,
-    scale: float,
-    normalizer: float,
-    grads: tuple,
-) -> None:
-    """Write the gradients into ``grads``: dq, dk, dv, dgf, dgb, in the inputs' shapes."""
-    batch, num_tokens, heads, key_dim = q.shape
-    value_dim = v.shape[-1]
-    if batch == 0:
-        return
-    if batch > MAX_GRID:
-        parts = zip(*(x.split(MAX_GRID) for x in (do, q, k, v, gf, gb, *grads)), strict=True)
-        for part in parts:
-            backward(*part[:6], scale, normalizer, part[6:])
-        return
-    p = plan(key_dim, value_dim, v.dtype)
-    block_t = p['gradient']['BT']
-    tensors, unit, strides, same = address((q, k, v, gf, gb, do, *grads), block_t)
-    (q, k, v, gf, gb, do, dq, dk, dv, dgf, dgb) = tensors
-    inputs = (q, k, v, gf, gb, do)
-    common = (scale / 2, 1 / normalizer)
-    num_chunks = ceil_div(num_tokens, block_t)
-    n_states = batch * heads * num_chunks
-    key = compile_key(v, gf, gb, unit, strides)
-    sums = v.new_empty(2, n_states, key_dim, dtype=torch.float32)
-    state = v.new_empty(4 * n_states, key_dim, value_dim, dtype=p['state_dtype'])
-    widths = key_dim, value_dim, v.dtype
-    make_states(
-        inputs, state, sums, num_chunks, strides[:18], common, key, widths, 'back_states', unit, same, 1
-    )
-    table, before, masks = tables(v.device, block_t)
-    mild_then_strong(
-        kernels.gradient_kernel, key, num_chunks, (heads, 1, batch),
-        (*inputs, dq, dk, dv, dgf, dgb, state, sums, table, before, masks, num_tokens, heads, n_states,
-         *strides),
-        common, widths, 'gradient', {'UNIT': unit, 'SAME': same},
-    )  # fmt: skip
 
 
 def compile_key(v: Tensor, gf: Tensor, gb: Tensor, unit: int, strides: tuple[int, ...]) -> tuple:
@@ -402,73 +225,3 @@ def layout(shapes_and_strides: tuple, block_t: int) -> tuple[tuple[int, ...], in
 def batched(items: tuple, n: int) -> list[tuple]:
     """Runs of ``n`` items (itertools.batched needs Python 3.12)."""
     return [items[i : i + n] for i in range(0, len(items), n)]
-
-
-INPUTS = 'Tensor q, Tensor k, Tensor v, Tensor g_fwd, Tensor g_bwd, float scale, float normalizer'
-
-
-@operator(f'bigla({INPUTS}) -> Tensor', lambda q, k, v, *rest: v.new_empty(v.shape))
-def bigla_op(q, k, v, g_fwd, g_bwd, scale, normalizer):
-    """:func:`mmvig.ops.bigla.bigla` by Triton; arguments are validated."""
-    o = v.new_empty(v.shape)
-    forward(q, k, v, g_fwd, g_bwd, scale, normalizer, o)
-    return o
-
-
-@operator(
-    f'bigla_backward(Tensor do, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
-    lambda do, q, k, v, g_fwd, g_bwd, *rest: empty_like_each(q, k, v, g_fwd, g_bwd),
-)
-def bigla_backward_op(do, q, k, v, g_fwd, g_bwd, scale, normalizer):
-    """Gradients of :func:`bigla_op`."""
-    grads = empty_like_each(q, k, v, g_fwd, g_bwd)
-    backward(do, q, k, v, g_fwd, g_bwd, scale, normalizer, grads)
-    return grads
-
-
-def views_of(qkv: Tensor, gates: Tensor, heads: int) -> tuple[Tensor, ...]:
-    """What unpack() returns, but not for autograd: 10 us instead of 19 (CPU), and each call takes two."""
-    batch, num_tokens, width = qkv.shape
-    keys = gates.shape[-1] // 2
-    views = []
-    for x, start, channels in (
-        (qkv, 0, keys), (qkv, keys, keys), (qkv, 2 * keys, width - 2 * keys),
-        (gates, 0, keys), (gates, keys, keys),
-    ):  # fmt: skip
-        of_batch, of_token, step = x.stride()
-        size = (batch, num_tokens, heads, channels // heads)
-        strides = (of_batch, of_token, channels // heads * step, step)
-        views.append(x.as_strided(size, strides, x.storage_offset() + start * step))
-    return tuple(views)
-
-
-PACKED = 'Tensor qkv, Tensor gates, int num_heads, float scale, float normalizer'
-
-
-@operator(
-    f'bigla_packed({PACKED}) -> Tensor',
-    lambda qkv, gates, *rest: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - gates.shape[2]),
-)
-def bigla_packed_op(qkv, gates, num_heads, scale, normalizer):
-    """:func:`mmvig.ops.bigla.bigla_packed` by Triton; arguments are validated."""
-    views = views_of(qkv, gates, num_heads)
-    o = qkv.new_empty(views[2].shape)
-    forward(*views, scale, normalizer, o)
-    return o.flatten(2)
-
-
-@operator(
-    f'bigla_packed_backward(Tensor do, {PACKED}) -> (Tensor, Tensor)',
-    lambda do, qkv, gates, *rest: empty_like_each(qkv, gates),
-)
-def bigla_packed_backward_op(do, qkv, gates, num_heads, scale, normalizer):
-    """Gradients of :func:`bigla_packed_op`, written side by side where a concatenation would put them."""
-    grads = empty_like_each(qkv, gates)
-    do = do.unflatten(-1, (num_heads, -1))
-    views = views_of(qkv, gates, num_heads)
-    backward(do, *views, scale, normalizer, views_of(*grads, num_heads))
-    return grads
-
-
-differentiate('bigla', bigla_backward_op)
-differentiate('bigla_packed', bigla_packed_backward_op)

@@ -23,22 +23,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmvig.ops import low_rank
-from mmvig.ops.bigla import triton as bigla
-from mmvig.ops.cast import cast
-from mmvig.ops.dwconv import triton as dwconv
-from mmvig.ops.gated_mix import triton as gated_mix
-from mmvig.ops.lasting import is_capturing, lasting
-from mmvig.ops.launch import (
-    current_stream,
-    differentiate,
-    operator,
-    refuse_gradients,
-    strided_view,
-)
-from mmvig.ops.norm import triton as norm
-from mmvig.ops.partial_sums import sum_partials
-from mmvig.ops.swiglu import triton as swiglu
+from mmvig.ops.bigla import op as bigla
+from mmvig.ops.block import low_rank
+from mmvig.ops.block.half_weights import cast
+from mmvig.ops.block.partial_sums import sum_partials
+from mmvig.ops.dwconv import op as dwconv
+from mmvig.ops.gated_mix import op as gated_mix
+from mmvig.ops.norm import op as norm
+from mmvig.ops.operator import differentiate, operator, refuse_gradients
+from mmvig.ops.persistent import is_capturing, persistent
+from mmvig.ops.swiglu import op as swiglu
+from mmvig.ops.torch_private import current_stream, strided_view
 
 GATE_NORMALIZER = 16.0
 # Whether PyTorch's products of half inputs can return float32.
@@ -88,7 +83,7 @@ def borrow(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Low:
         try:
             low = _unused[key].pop()  # one step, for threads that share a stream
         except IndexError:
-            low = Low(key, *lasting(make, device))
+            low = Low(key, *persistent(make, device))
             if device.type == 'cuda':  # it is freed if an error comes before give_back()
                 low.memory.record_stream(torch.cuda.current_stream(device))
     cast(weights, low.memory)

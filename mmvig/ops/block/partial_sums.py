@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmvig.ops.lasting import lasting_cache
 from mmvig.ops.launch import Constants, compile_key, launch
+from mmvig.ops.persistent import persistent_cache
 
 ROWS, COLUMNS, SOURCES = 32, 64, 5
 CONSTANTS = Constants(BR=ROWS, BC=COLUMNS, num_warps=4)
@@ -45,7 +45,7 @@ def sum_kernel(p_0, p_1, p_2, p_3, p_4, p_table, p_out, BR: tl.constexpr, BC: tl
     tl.store(p_out + tl.load(p_row + 5) + columns, tl.sum(total, axis=0), mask=inside)
 
 
-@lasting_cache
+@persistent_cache
 def _table(device: torch.device, segments: tuple[tuple[int, int, int], ...]) -> Tensor:
     """The kernel's table. Computed where it is needed: a capture allows no copy from the host."""
     parts, target, starts = [], 0, [0] * SOURCES

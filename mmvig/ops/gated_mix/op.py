@@ -1,0 +1,120 @@
+"""Launches the kernels of the gated mix and makes them PyTorch operators.
+
+Importing this module imports Triton.
+"""
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from mmvig.ops.gated_mix.kernels import backward_kernel, forward_kernel
+from mmvig.ops.launch import Constants, ceil_div, compile_key, empty_like_each, launch, multiprocessors
+from mmvig.ops.operator import differentiate, operator
+
+# Elements of a tile. Of the backward pass, whose programs sum up the weights' gradients: also the tiles
+# under way at once, and programs a multiprocessor.
+TILE, BACKWARD_TILE, STAGES, FILL = 2048, 512, 1, 8
+
+
+@functools.lru_cache(maxsize=256)
+def constants(width: int, head_dim: int, eps: float, act: bool, bias: bool, back: bool) -> Constants:
+    """Constants of a kernel."""
+    block = triton.next_power_of_2(head_dim)
+    form = {'BR': max(1, (BACKWARD_TILE if back else TILE) // block), **({'AHEAD': STAGES} if back else {})}
+    return Constants(
+        H=width // head_dim, V=head_dim, EPS=eps, ACT=act, BIAS=bias, **form, BV=block, num_warps=4
+    )
+
+
+def mix(long, gate, short, weight_long, weight_short, bias, eps, act):
+    """What W_o takes, ``[rows, H * V]`` as long and short are; gate may have a wider stride of rows.
+
+    ``bias``: ``[H * V]``, to be added to the gate's logits, or None.
+    """
+    y = torch.empty_like(long)
+    if y.numel():
+        options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, False)
+        rows = y.numel() // options['V']
+        tensors = long, gate, short, weight_long, weight_short, weight_long if bias is None else bias, y
+        grid = ceil_div(rows, options['BR']), 1, 1
+        arguments = (*tensors, rows, gate.stride(0))
+        launch(forward_kernel, compile_key(*tensors), grid, arguments, options)
+    return y
+
+
+def mix_backward(dy, long, gate, short, weight_long, weight_short, bias, eps, act, dgate):
+    """Gradients of long and short, :func:`mix`'s result again, and partial sums [2 or 3, ., H, V].
+
+    These are gradients of the two weights, to be summed up over the second and third dimension, and of
+    the bias, if there is one. The gate's is written into ``dgate``, of its strides.
+    """
+    dlong, dshort, y = torch.empty_like(long), torch.empty_like(long), torch.empty_like(dy)
+    options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, True)
+    heads, rows = options['H'], dy.numel() // options['V']
+    programs = ceil_div(rows, options['BR'] * heads)
+    programs = min(programs, max(1, FILL * multiprocessors(dy.device) // heads))
+    dw = dy.new_empty(2 if bias is None else 3, programs, heads, options['V'], dtype=torch.float32)
+    if programs:
+        tensors = (
+            dy, long, gate, short, weight_long, weight_short, weight_long if bias is None else bias,
+            dlong, dgate, dshort, y,
+        )  # fmt: skip
+        arguments = (*tensors, dw, rows, gate.stride(0))
+        launch(backward_kernel, compile_key(*tensors), (programs, heads, 1), arguments, options)
+    return dlong, dshort, y, dw
+
+
+INPUTS = (
+    'Tensor long, Tensor gate, Tensor short, Tensor weight_long, Tensor weight_short, Tensor weight_out, '
+    'float eps, bool act'
+)
+
+
+@operator(
+    f'gated_mix({INPUTS}) -> Tensor',
+    lambda long, gate, short, wl, ws, weight_out, *rest: long.new_empty(
+        *long.shape[:-1], weight_out.shape[0]
+    ),
+)
+def gated_mix_op(long, gate, short, weight_long, weight_short, weight_out, eps, act):
+    """:func:`mmvig.ops.gated_mix.gated_mix` by Triton; arguments are validated, W_o of long's dtype."""
+    shape = long.shape
+    inputs = rows_of(long, gate, short)
+    y = mix(*inputs, weight_long.contiguous(), weight_short.contiguous(), None, eps, act)
+    return (y @ weight_out.t()).view(*shape[:-1], weight_out.shape[0])
+
+
+@operator(
+    f'gated_mix_backward(Tensor dz, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+    lambda dz, *inputs: (
+        *empty_like_each(*inputs[:3]),
+        dz.new_empty(2, inputs[3].shape[0], dtype=torch.float32),
+        inputs[5].new_empty(inputs[5].shape),
+    ),
+)
+def gated_mix_backward_op(dz, long, gate, short, weight_long, weight_short, weight_out, eps, act):
+    """Gradients of :func:`gated_mix_op`, those of the norms' weights side by side ``[2, V]`` in float32."""
+    dz = dz.reshape(-1, weight_out.shape[0])
+    weights = weight_long.contiguous(), weight_short.contiguous()
+    shape = long.shape
+    inputs = rows_of(long, gate, short)
+    dgate = torch.empty_like(inputs[1])
+    dlong, dshort, y, dw = mix_backward(dz @ weight_out, *inputs, *weights, None, eps, act, dgate)
+    grads = (x.view(shape) for x in (dlong, dgate, dshort))
+    return *grads, dw.sum((1, 2)), dz.t() @ y
+
+
+def rows_of(*tensors: Tensor) -> list[Tensor]:
+    """[..., H * V] -> [rows, H * V], contiguous."""
+    return [x.contiguous().view(-1, x.shape[-1]) for x in tensors]
+
+
+def backward(dz, *kept):
+    """Gradients of the six tensors."""
+    *grads, dw, dweight_out = gated_mix_backward_op(dz, *kept)
+    return *grads, dw[0].to(kept[3].dtype), dw[1].to(kept[4].dtype), dweight_out
+
+
+differentiate('gated_mix', backward)

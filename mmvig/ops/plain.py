@@ -1,0 +1,54 @@
+"""Whether modules, tensors and calls are what they seem, so that calling them may be left out."""
+
+import torch
+from torch import Tensor, nn
+
+PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its forward()."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether calling any module does."""
+    modules = nn.modules.module
+    return bool(
+        modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
+
+
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether calling a module is what its type ``kind`` does with plain tensors, and nothing else.
+
+    Not so with hooks, a ``forward`` of the instance (as accelerate sets), parametrisations (which change
+    the type) and weights of a subclass of Tensor (DTensor, torchao's).
+    """
+    if type(module) is not kind or has_own_forward(module) or has_hooks(module) or has_global_hooks():
+        return False
+    own = module.__dict__  # FSDP puts views of its flat parameter there
+    weights = *module._parameters.values(), own.get('weight'), own.get('bias')
+    return all(x is None or type(x) in PLAIN_TENSORS for x in weights)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's ``forward`` has been set in the instance, in place of its type's."""
+    return 'forward' in module.__dict__
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode, a tracer or a transform of torch.func must see each operator."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
