@@ -15,10 +15,16 @@ from mmengine.logging import print_log
 from mmengine.utils import ProgressBar
 from torch import Tensor, nn
 
-from mmvig.cuda_graphs import has_saved_tensors_hooks
 from mmvig.ops.backend import why_not_triton
 from mmvig.ops.persistent import is_capturing
-from mmvig.ops.plain import PLAIN_TENSORS, has_global_hooks, has_hooks, has_own_forward, is_watched
+from mmvig.ops.plain import (
+    PLAIN_TENSORS,
+    has_global_hooks,
+    has_hooks,
+    has_own_forward,
+    has_saved_tensors_hooks,
+    is_watched,
+)
 
 if os.name == 'posix':
     import fcntl

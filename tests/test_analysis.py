@@ -447,6 +447,44 @@ def test_images_are_turned_as_the_pipeline_turns_them(erf, files):
     assert size(color_type='grayscale') == (30, 20, 1)
 
 
+# The architecture
+
+
+@pytest.fixture
+def drawing(load):
+    return load('tools/analysis/draw_architecture.py')
+
+
+def words_of(svg):
+    return re.findall(r'<text [^>]*>([^<]+)<', svg)
+
+
+def test_the_picture_in_the_docs_is_the_one_that_is_drawn(drawing, tmp_path, monkeypatch, capsys):
+    out = tmp_path / 'it.svg'
+    monkeypatch.setattr(sys, 'argv', ['tool', '--out', str(out)])
+    drawing.main()
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    words = words_of(out.read_text())
+    assert [f'Stage {i}' in words for i in range(1, 6)] == [True] * 4 + [False]
+    assert words_of((ROOT / 'docs/architecture.svg').read_text()) == words
+    drawing.main()
+    assert out.read_bytes() == drawing.draw('tiny')
+
+
+def test_the_drawn_stages_are_those_of_the_model(drawing):
+    stages = drawing.stages_of('small')
+    assert [stage['blocks'] for stage in stages] == [2, 2, 17, 2]
+    assert [stage['stride'] for stage in stages] == [4, 8, 16, 32]
+    assert [stage['channels'] for stage in stages] == [96, 192, 384, 768]
+    assert [stage['heads'] for stage in stages] == [3, 6, 12, 24]
+
+
+def test_the_drawing_is_an_svg(drawing, monkeypatch, capsys):
+    monkeypatch.setattr(drawing, 'draw', None)
+    line = error_of(drawing, monkeypatch, capsys, '--out', 'it.png')
+    assert '--out it.png' in line and '.svg' in line
+
+
 # Errors
 
 

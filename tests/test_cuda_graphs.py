@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mmvig import cuda_graphs
 from mmvig.backbones import ViG, ViGH
-from mmvig.cuda_graphs import AGE, CALLS, WORTH, CudaGraphs
+from mmvig.cuda_graphs import AGE, CALLS, WORTH, CudaGraphs, capture
+from mmvig.cuda_graphs import policy as rules
 from mmvig.engine.cuda_graphs_hook import CudaGraphsHook, summary
 
 ARCHS = {
@@ -211,13 +211,13 @@ class Policy:
 
     def __init__(self, monkeypatch):
         self.has_room, self.fails = True, False
-        monkeypatch.setattr(cuda_graphs, '_is_plain', lambda x: True)
+        monkeypatch.setattr(rules, '_is_plain', lambda x: True)
         monkeypatch.setattr(
-            cuda_graphs, '_kind_of', lambda model, x: ('here', torch.is_grad_enabled(), x[0].shape)
+            rules, '_kind_of', lambda model, x: ('here', torch.is_grad_enabled(), x[0].shape)
         )
-        monkeypatch.setattr(cuda_graphs, '_has_room', lambda device, pools: self.has_room)
-        monkeypatch.setattr(cuda_graphs, '_Graph', self.make)
-        monkeypatch.setattr(cuda_graphs, '_Pool', FakePool)
+        monkeypatch.setattr(rules, '_has_room', lambda device, pools: self.has_room)
+        monkeypatch.setattr(rules, 'Graph', self.make)
+        monkeypatch.setattr(rules, 'Pool', FakePool)
         self.model = torch.nn.Linear(1, 1)
         self.model.inner = torch.nn.Linear(1, 1)
         self.model.inner.rate = 0.0
@@ -278,7 +278,7 @@ def test_kinds_wait_longer_after_a_capture_in_vain(policy):
 
 def test_old_passes_count_less(policy, monkeypatch):
     policy.graphs.limit = 1
-    monkeypatch.setattr(cuda_graphs, 'AGE', 8)
+    monkeypatch.setattr(rules, 'AGE', 8)
     policy.call(4 * CALLS)
     assert AGE > 1000
     assert 'c' in policy.call(4 * CALLS, 2)
@@ -336,10 +336,10 @@ def test_changes_are_seen(policy):
 
 
 def test_each_change_ends_a_state(policy):
-    state = cuda_graphs._State.of(policy.model)
+    state = capture.State.of(policy.model)
     for _ in changes(policy.model):
         assert not state.holds()
-        state = cuda_graphs._State.of(policy.model)
+        state = capture.State.of(policy.model)
         assert state.holds()
 
 
@@ -387,24 +387,24 @@ def test_a_number_of_graphs_fails_loudly(policy):
 def test_nested_tensors_keep_their_nesting():
     tensors = [torch.zeros(i) for i in range(1, 4)]
     nested = ([tensors[0], tensors[1]], tensors[2])
-    assert list(cuda_graphs._tensors(nested)) == tensors
-    rebuilt = cuda_graphs._rebuilt(nested, iter(tensors[::-1]))
+    assert list(capture.tensors_of(nested)) == tensors
+    rebuilt = capture.rebuilt(nested, iter(tensors[::-1]))
     assert rebuilt == ([tensors[2], tensors[1]], tensors[0])
-    assert list(cuda_graphs._tensors((tensors[0], {'a': 1}))) == [tensors[0], None]
+    assert list(capture.tensors_of((tensors[0], {'a': 1}))) == [tensors[0], None]
 
 
 def test_precisions_are_read_by_the_interface_in_use():
     """In a process of its own, as the newer settings forbid reading the older ones for good."""
     code = """
 import torch
-from mmvig import cuda_graphs
-before = cuda_graphs._precisions()
+from mmvig.cuda_graphs.policy import _precisions
+before = _precisions()
 if hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
     torch.backends.cudnn.conv.fp32_precision = 'ieee'
     torch.backends.cuda.matmul.fp32_precision = 'tf32'
 else:
     torch.backends.cuda.matmul.allow_tf32 = True
-assert cuda_graphs._precisions() != before
+assert _precisions() != before
 """
     subprocess.run([sys.executable, '-c', code], check=True)
 

@@ -52,3 +52,12 @@ def is_watched() -> bool:
         or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def has_saved_tensors_hooks() -> bool:
+    """As of activation checkpointing."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks('there are some'):
+            return False
+    except RuntimeError:
+        return True

@@ -1,256 +1,46 @@
-"""A module's passes as CUDA graphs, which the host launches at once instead of kernel by kernel.
-
-Not by ``torch.cuda.make_graphed_callables``: it takes one size, the gradients that it returns are
-overwritten by the next replay, so that accumulated ones are wrong (pytorch/pytorch#181723), it cannot
-capture once DDP holds the parameters, and where it takes no ``capture_error_mode``, its captures fail if
-another thread pins memory.
-"""
+"""How a pass is captured and replayed: what it reads, its memory, and its gradients."""
 
 import functools
-import logging
 import operator
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmvig.ops.plain import PLAIN_TENSORS, has_global_hooks, has_hooks, has_own_forward, is_watched
+from mmvig.ops.plain import PLAIN_TENSORS, has_global_hooks, has_hooks, has_own_forward
 
-CALLS = 4  # the call with a kind of input that captures: by then, more are likely
-MOST_CALLS = 64  # the same after captures in vain
-WORTH = 50  # replays for which a capture was worth its time
-MOST = 64  # graphs that 'auto' holds
-AGE = 4096  # passes after which earlier ones count half
 _capturing = threading.Lock()
 _TRAINING, _REQUIRES_GRAD = operator.itemgetter('training'), operator.attrgetter('requires_grad')
 
 
-class CudaGraphs:
-    """The graphs of one module, one for each kind of input; a copied or unpickled one starts with none.
-
-    A kind is shape, dtype, training mode, whether gradients are recorded and inputs get one, autocast's
-    dtype, PyTorch's settings of precision, and thread and stream. A kind is captured when it comes for the
-    :data:`CALLS`-th time, and replayed from then on. All graphs of a thread and stream share one pool of
-    memory, as large as the largest needs. If there are as many as there may be, the one that is used least
-    goes, once another kind comes twice as often. Where captures turn out to be in vain, kinds must come
-    more often. With 'auto', all graphs go while memory is short, and there are none from a capture on that
-    fails, which is logged. Any other call runs as without graphs, and so does
-
-    - one before the backward pass of the last replay, unless the outputs of that are gone;
-    - one with hooks on submodules or of saved tensors, in anomaly mode, on a CPU, in torch.compile, a
-      tracer, torch.func or another capture.
-
-    Where DropPath's rates have changed, or parameters have moved, been replaced or frozen, a graph is
-    dropped, and made anew after as many calls. Changed values are seen. DropPath draws as without graphs.
-    Outputs and gradients are the caller's own memory; gradients of all parameters are views of one buffer.
-    A second backward pass through the outputs of a replay, or one that does not use all of them, recomputes
-    them, and the kind gets no graph again. DDP sends the gradients of all parameters when the module's
-    backward pass is launched. FSDP's parameters are never captured.
-
-    Args:
-        limit: the most graphs, 0 for none, or 'auto' for as many as pay, :data:`MOST` at most.
-        with_cp: whether the module recomputes parts in the backward pass, which no graph can.
-
-    Attributes:
-        counts: how often each size of the first input was met: ``counts[size, outcome]`` with outcomes
-            'replay', 'capture' (which includes its first replay) and 'eager'.
-
-    Raises:
-        ValueError: the limit is neither 'auto' nor an int of at least 0, or is a number of graphs and
-            meets ``with_cp``.
-    """
-
-    def __init__(self, limit: int | str, with_cp: bool = False):
-        if limit != 'auto' and (type(limit) is not int or limit < 0):
-            raise ValueError(f"cuda_graphs must be 'auto' or an int of at least 0, got {limit!r}")
-        if limit == 'auto' and with_cp:
-            limit = 0
-        if limit and with_cp:
-            raise ValueError(
-                'cuda_graphs and with_cp exclude each other: blocks are not recomputed in a graph'
-            )
-        self.limit = limit
-        self.counts: Counter = Counter()
-        self._graphs: dict[tuple, _Graph] = {}
-        self._calls: Counter = Counter()  # by kind
-        self._patience = CALLS
-        self._age = 0
-        self._refused: set[tuple] = set()
-
-    def __reduce__(self):
-        return CudaGraphs, (self.limit,)
-
-    def outcomes(self) -> Counter:
-        """How many passes were a 'replay', a 'capture' and 'eager', of those that could have a graph."""
-        total: Counter = Counter()
-        for (_, outcome), count in self.counts.items():
-            total[outcome] += count
-        return total
-
-    def run(self, module: nn.Module, call: Callable, *inputs):
-        """``call(*inputs)``, replayed where that gives the same.
-
-        Args:
-            module: what ``call`` takes its parameters from.
-            call: a function of tensors alone, nested in tuples and lists, and of the module; so are its
-                outputs.
-            inputs: its arguments.
-        """
-        # The first two in this order: torch.compile must meet nothing else.
-        if not self.limit or torch.compiler.is_compiling():
-            return call(*inputs)
-        tensors = list(_tensors(inputs))
-        if not tensors or not all(map(_is_plain, tensors)):
-            return call(*inputs)
-        kind = _kind_of(module, tensors)
-        size = tuple(tensors[0].shape)
-        graph, outcome = self._graphs.get(kind), 'replay'
-        is_watched = graph is not None and graph.state.is_watched()
-        if graph is not None and not is_watched and (graph.is_refused or not graph.state.holds()):
-            self._drop(kind)
-            graph = None
-        self._count(kind)
-        if graph is None:
-            graph, outcome = self._capture(kind, module, call, inputs, tensors), 'capture'
-        if graph is None or is_watched or graph.pool.is_needed():
-            self.counts[size, 'eager'] += 1
-            return call(*inputs)
-        self.counts[size, outcome] += 1
-        graph.replays += 1
-        return graph(module, call, tensors)
-
-    def _count(self, kind: tuple) -> None:
-        self._calls[kind] += 1
-        self._age += 1
-        if self._age % AGE == 0:
-            self._calls = Counter({kind: count // 2 for kind, count in self._calls.items() if count > 1})
-
-    def _capture(
-        self, kind: tuple, module: nn.Module, call: Callable, inputs: tuple, tensors: list[Tensor]
-    ) -> '_Graph | None':
-        """A new graph, if it is time for one."""
-        if self.limit == 'auto' and self._graphs and not _has_room(tensors[0].device, self._pools()):
-            for other in list(self._graphs):
-                self._drop(other)
-            return None
-        if self._calls[kind] < self._patience or kind in self._refused:
-            return None
-        where = kind[0]
-        pool = next((pool for pool in self._pools() if pool.where == where), None)
-        if pool is not None and pool.is_needed():
-            return None
-        if len(self._graphs) >= (MOST if self.limit == 'auto' else self.limit):
-            least = min(self._graphs, key=self._calls.__getitem__)
-            if self._calls[kind] < 2 * self._calls[least]:
-                return None
-            calls = self._calls[least]
-            self._drop(least)
-            self._calls[least] = calls
-            pool = next((pool for pool in self._pools() if pool.where == where), None)
-        state = _State.of(module)
-        if state is None:
-            return None
-        try:
-            graph = _Graph(module, call, inputs, tensors, state, pool or _Pool(where, tensors[0].device))
-        except RuntimeError as error:  # as where memory is short; nobody asked for graphs
-            if self.limit != 'auto':
-                raise
-            self.limit = 0
-            self._graphs.clear()
-            message = f'cuda_graphs: none from here on, since a capture failed: {error}'
-            print_log(message, 'current', logging.WARNING)
-            return None
-        self._graphs[kind] = graph
-        return graph
-
-    def _drop(self, kind: tuple) -> None:
-        """Give up a graph; others take longer to come if it was of little use."""
-        graph = self._graphs.pop(kind)
-        self._calls[kind] = 0
-        self._patience = CALLS if graph.replays >= WORTH else min(2 * self._patience, MOST_CALLS)
-        if graph.is_refused:
-            self._refused.add(kind)
-
-    def _pools(self) -> set['_Pool']:
-        return {graph.pool for graph in self._graphs.values()}
-
-
-def _tensors(node) -> Iterator[Tensor | None]:
+def tensors_of(node) -> Iterator[Tensor | None]:
     """The tensors of nested tuples and lists in order; None for anything else."""
     if isinstance(node, Tensor):
         yield node
     elif type(node) in (tuple, list):
         for each in node:
-            yield from _tensors(each)
+            yield from tensors_of(each)
     else:
         yield None
 
 
-def _rebuilt(node, tensors: Iterator[Tensor]):
+def rebuilt(node, tensors: Iterator[Tensor]):
     """The same nesting with other tensors."""
     if isinstance(node, Tensor):
         return next(tensors)
-    return type(node)(_rebuilt(each, tensors) for each in node)
+    return type(node)(rebuilt(each, tensors) for each in node)
 
 
-def _is_plain(x: Tensor | None) -> bool:
-    if (
-        type(x) not in PLAIN_TENSORS
-        or not x.is_cuda
-        or not x.numel()
-        or is_watched()
-        or torch.cuda.is_current_stream_capturing()
-    ):
-        return False
-    return not torch.is_grad_enabled() or not (torch.is_anomaly_enabled() or has_saved_tensors_hooks())
+def autocast_dtype() -> torch.dtype | None:
+    """What autocast computes in on a GPU; None where it is off."""
+    return torch.getautocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
 
 
-def has_saved_tensors_hooks() -> bool:
-    """As of activation checkpointing."""
-    try:
-        with torch.autograd.graph.disable_saved_tensors_hooks('there are some'):
-            return False
-    except RuntimeError:
-        return True
-
-
-def _has_room(device: torch.device, pools: Iterable['_Pool']) -> bool:
-    """Whether passes without graphs find memory next to what graphs hold: twice as much as that."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused >= 2 * sum(pool.size for pool in pools)
-
-
-def _kind_of(module: nn.Module, tensors: list[Tensor]) -> tuple:
-    """What decides which graph a call can replay, thread and stream first, whose graphs share a pool."""
-    cudnn = torch.backends.cudnn
-    return (
-        (threading.get_ident(), torch.cuda.current_stream(tensors[0].device).cuda_stream),
-        torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in tensors),
-        module.training, _autocast_dtype(),
-        torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic,
-        *_precisions(),
-    )  # fmt: skip
-
-
-def _precisions() -> tuple:
-    """Whether products and convolutions in float32 take TF32."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(matmul, 'fp32_precision'):  # PyTorch then refuses to read the older flags once these are set
-        return matmul.fp32_precision, cudnn.conv.fp32_precision
-    return matmul.allow_tf32, cudnn.allow_tf32
-
-
-def _autocast_dtype() -> torch.dtype | None:
-    return torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
-
-
-class _State:
+class State:
     """What a graph holds of a module: its submodules, and where parameters and buffers are."""
 
     def __init__(self, module: nn.Module):
@@ -278,7 +68,7 @@ class _State:
         self.values = self._values()
 
     @classmethod
-    def of(cls, module: nn.Module) -> '_State | None':
+    def of(cls, module: nn.Module) -> 'State | None':
         """A module's state.
 
         None if a replay would miss something: hooks of submodules or a ``forward`` of their own, subclasses
@@ -313,7 +103,7 @@ class _State:
         return list(map(id, self._objects())) == self.identities and self._values() == self.values
 
 
-class _Pool:
+class Pool:
     """The memory of one thread's and stream's graphs, of which one is in use at a time."""
 
     def __init__(self, where: tuple, device: torch.device):
@@ -364,10 +154,10 @@ class _Body(nn.Module):
     def forward(self, *tensors: Tensor):
         # The cache would hand out a weight's cast of another pass.
         with torch.autocast('cuda', self.dtype, enabled=self.dtype is not None, cache_enabled=False):
-            return self.call(*_rebuilt(self.inputs, iter(tensors)))
+            return self.call(*rebuilt(self.inputs, iter(tensors)))
 
 
-class _Graph:
+class Graph:
     """The forward pass for one kind of input as a graph, and if anything is learned, the backward pass."""
 
     def __init__(
@@ -376,8 +166,8 @@ class _Graph:
         call: Callable,
         inputs: tuple,
         tensors: list[Tensor],
-        state: _State,
-        pool: _Pool,
+        state: State,
+        pool: Pool,
     ):
         parameters = dict(module.named_parameters(prefix='module'))
         self.state, self.pool = state, pool
@@ -386,8 +176,8 @@ class _Graph:
         )
         self.replays = 0
         self.is_refused = False  # a pass came that graphs cannot do
-        self._autocast = _autocast_dtype()
-        self._nesting = _rebuilt(inputs, iter([torch.empty(0)] * len(tensors)))
+        self._autocast = autocast_dtype()
+        self._nesting = rebuilt(inputs, iter([torch.empty(0)] * len(tensors)))
         # Leaves of our own: those of the parameters may belong to a stream that takes no part in a capture.
         self._weights = {
             name: p.detach().requires_grad_(p.requires_grad and self.learns)
@@ -416,7 +206,7 @@ class _Graph:
             outputs = torch.func.functional_call(body, self._weights, tuple(inputs))
             if not self.learns:
                 return []
-            outputs = [y for y in _tensors(outputs) if y.requires_grad]
+            outputs = [y for y in tensors_of(outputs) if y.requires_grad]
             leaves = [leaf for _, leaf in learning] + [x for x in inputs if x.requires_grad]
             given = [torch.zeros_like(y) for y in outputs]
             found = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
@@ -441,8 +231,8 @@ class _Graph:
         with capture(self._forward):
             inputs = [torch.empty_like(x).requires_grad_(x.requires_grad and self.learns) for x in tensors]
             outputs = torch.func.functional_call(body, self._weights, tuple(inputs))
-            flat_outputs = list(_tensors(outputs))
-        self._outputs_nesting = _rebuilt(outputs, iter([torch.empty(0)] * len(flat_outputs)))
+            flat_outputs = list(tensors_of(outputs))
+        self._outputs_nesting = rebuilt(outputs, iter([torch.empty(0)] * len(flat_outputs)))
         self._is_learning = [y.requires_grad for y in flat_outputs]
         self._inputs = [_alias(x) for x in inputs]
         self._learning_inputs = [x.requires_grad for x in inputs]
@@ -472,7 +262,7 @@ class _Graph:
             outputs = _Replay.apply(self, module, call, len(tensors), *tensors, *self._parameters)
         else:
             outputs = self.forward(tensors)
-        return _rebuilt(self._outputs_nesting, iter(outputs))
+        return rebuilt(self._outputs_nesting, iter(outputs))
 
     def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         """The same without gradients, not nested."""
@@ -527,7 +317,7 @@ class _Graph:
             body = _Body(node.module, node.call, self._nesting, self._autocast)
             with torch.autocast('cuda', enabled=False):
                 outputs = torch.func.functional_call(body, self._weights, tuple(inputs))
-                pairs = zip([y for y in _tensors(outputs) if y.requires_grad], given, strict=True)
+                pairs = zip([y for y in tensors_of(outputs) if y.requires_grad], given, strict=True)
                 outputs, given = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
                 wanted = [x for x in inputs if x.requires_grad]
                 found = torch.autograd.grad(outputs, wanted + self._leaves, given, allow_unused=True)
@@ -536,7 +326,7 @@ class _Graph:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, graph: _Graph, module: nn.Module, call: Callable, count: int, *tensors: Tensor):
+    def forward(ctx, graph: Graph, module: nn.Module, call: Callable, count: int, *tensors: Tensor):
         inputs = tensors[:count]  # the rest are parameters
         ctx.graph, ctx.module, ctx.call, ctx.versions = graph, module, call, graph.versions()
         ctx.random_state = torch.cuda.get_rng_state(inputs[0].device)
