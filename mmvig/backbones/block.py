@@ -17,6 +17,7 @@ from mmvig.backbones.layers import (
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.ops.backend import autocast_dtype, use_triton
 from mmvig.ops.bigla import MAX_WIDTH as MAX_HEAD_DIM
+from mmvig.ops.block.operands import BlockWeights, Options
 from mmvig.ops.norm import MAX_WIDTH
 from mmvig.ops.plain import is_plain
 
@@ -103,7 +104,9 @@ class Block(nn.Module):
             from mmvig.ops.block.op import block_op
 
             mixer = self.mixer
-            options = mixer.num_heads, self.norm1.eps, mixer.norm_long.eps, mixer.conv_act, mixer.out_act
+            options = Options(
+                mixer.num_heads, self.norm1.eps, mixer.norm_long.eps, mixer.conv_act, mixer.out_act
+            )
             return *block_op(x, branch, scale, scales[0], *weights, *options, dtype)[:2], scales[1]
         x, y = add_and_normalise(self.norm1, x, branch, scale, self.backend, dtype)
         branch = self._drop(self.mixer(y))
@@ -114,8 +117,8 @@ class Block(nn.Module):
         """The branch as it is where its factors are drawn for all blocks at once."""
         return branch if is_plain(self.drop_path, DropPath) else self.drop_path(branch)
 
-    def _operands(self, x: Tensor) -> tuple[Tensor | None, ...] | None:
-        """The weights in the order of the block's operator; None where modules do what it does not."""
+    def _operands(self, x: Tensor) -> BlockWeights | None:
+        """The weights for the block's operator; None where modules do what it does not."""
         mixer, mlp, channels = self.mixer, self.mlp, x.shape[3]
         containers = (mixer, GatedTokenMixer), (mlp, SwiGLU), (self.drop_path, DropPath)
         if not all(is_plain(module, kind) for module, kind in containers):
@@ -140,8 +143,9 @@ class Block(nn.Module):
         ):
             return None
         bias1, bias2 = (None if type(norm) is nn.RMSNorm else norm.bias for norm in (norm1, norm2))
-        return (
-            norm1.weight, bias1, conv.weight, qkv.weight, gate.weight, gate.bias, down.weight, up.weight,
-            up.bias, norm_long.weight, norm_short.weight, out.weight, norm2.weight, bias2, fc1.weight,
-            fc2.weight,
+        return BlockWeights(
+            norm1=norm1.weight, norm1_bias=bias1, conv=conv.weight, qkv=qkv.weight, gate=gate.weight,
+            gate_bias=gate.bias, down=down.weight, up=up.weight, up_bias=up.bias,
+            norm_long=norm_long.weight, norm_short=norm_short.weight, out=out.weight, norm2=norm2.weight,
+            norm2_bias=bias2, fc1=fc1.weight, fc2=fc2.weight,
         )  # fmt: skip

@@ -199,13 +199,10 @@ def test_blocks_share_the_memory_of_half_weights(monkeypatch):
     run(other, inputs)
     assert all(map(torch.equal, results, run(block, inputs)))
     assert [len(unused) for unused in ops._unused.values()] == [1]
-    mixer, mlp = block.mixer, block.mlp
-    layers = mixer.qkv, mixer.mix_gate, mixer.decay_down, mixer.decay_up, mixer.out, mlp.fc1, mlp.fc2
-    weights = [layer.weight for layer in layers]
-    weights.insert(4, mixer.decay_up.bias)
+    weights = block._operands(inputs[0])
     with torch.no_grad():
-        lent = [ops.borrow(torch.float32, weights).views for _ in range(2)]  # as by two threads
-    assert lent[0][0].data_ptr() != lent[1][0].data_ptr()
+        lent = [ops.borrow(torch.float32, weights) for _ in range(2)]  # as by two threads
+    assert lent[0].memory.data_ptr() != lent[1].memory.data_ptr()
     with torch.no_grad():
         first = ops.borrow(torch.float32, weights)
         ops.give_back(first)
@@ -215,11 +212,11 @@ def test_blocks_share_the_memory_of_half_weights(monkeypatch):
             ops.give_back(low)
         assert low.memory.data_ptr() != first.memory.data_ptr()
         assert ops.borrow(torch.float32, weights) is first
-    for views in lent:
-        torch.testing.assert_close(views[5], block.mlp.fc2.weight)
-        torch.testing.assert_close(views[11], block.mlp.fc2.weight.T)
+    for low in lent:
+        torch.testing.assert_close(low.views.fc2, block.mlp.fc2.weight)
+        torch.testing.assert_close(low.transposed.fc2, block.mlp.fc2.weight.T)
     weight = weakref.ref(block.mlp.fc2.weight)
-    del block, mixer, mlp, layers, weights
+    del block, weights
     gc.collect()
     assert weight() is None
 

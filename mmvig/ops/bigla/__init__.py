@@ -14,7 +14,9 @@ from mmvig.ops.backend import why_not_triton
 from mmvig.ops.bigla.forms import bigla_chunked
 from mmvig.ops.bigla.reference import bigla_reference
 
-__all__ = ['BACKENDS', 'bigla', 'bigla_packed']
+__all__ = ['BACKENDS', 'GATE_NORMALIZER', 'bigla', 'bigla_packed']
+
+GATE_NORMALIZER = 16.0
 
 BACKENDS = ('reference', 'chunked', 'triton')
 # Widths K and V that the Triton kernels take.
@@ -30,7 +32,7 @@ def bigla(
     g_bwd: Tensor,
     *,
     scale: float | None = None,
-    gate_normalizer: float = 16.0,
+    gate_normalizer: float = GATE_NORMALIZER,
     backend: str = 'auto',
 ) -> Tensor:
     """Gated linear attention over a token sequence in both directions at once.
@@ -80,7 +82,7 @@ def bigla_packed(
     num_heads: int,
     *,
     scale: float | None = None,
-    gate_normalizer: float = 16.0,
+    gate_normalizer: float = GATE_NORMALIZER,
     backend: str = 'auto',
 ) -> Tensor:
     """:func:`bigla` on the outputs of two fused projections, as they are in memory.

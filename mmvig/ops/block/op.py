@@ -23,9 +23,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmvig.ops.bigla import GATE_NORMALIZER
 from mmvig.ops.bigla import op as bigla
 from mmvig.ops.block import low_rank
 from mmvig.ops.block.half_weights import cast
+from mmvig.ops.block.operands import (
+    Activations,
+    BlockWeights,
+    HalfWeights,
+    Options,
+    SmallGradients,
+    schema_of,
+    take,
+)
 from mmvig.ops.block.partial_sums import sum_partials
 from mmvig.ops.dwconv import op as dwconv
 from mmvig.ops.gated_mix import op as gated_mix
@@ -35,25 +45,17 @@ from mmvig.ops.persistent import is_capturing, persistent
 from mmvig.ops.swiglu import op as swiglu
 from mmvig.ops.torch_private import current_stream, strided_view
 
-GATE_NORMALIZER = 16.0
 # Whether PyTorch's products of half inputs can return float32.
 HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 8)
 
 INPUTS = (
-    'Tensor x, Tensor? branch, Tensor? scale, Tensor? branch_scale, '
-    'Tensor norm1_weight, Tensor? norm1_bias, Tensor conv, Tensor qkv, Tensor gate, Tensor gate_bias, '
-    'Tensor down, Tensor up, Tensor up_bias, Tensor norm_long, Tensor norm_short, Tensor out, '
-    'Tensor norm2_weight, Tensor? norm2_bias, Tensor fc1, Tensor fc2, '
-    'int heads, float eps, float mix_eps, bool conv_act, bool out_act, ScalarType dtype'
+    f'Tensor x, Tensor? branch, Tensor? scale, Tensor? branch_scale, {schema_of(BlockWeights)}, '
+    f'{schema_of(Options)}, ScalarType dtype'
 )
-TENSORS = INPUTS.count('Tensor')
 KEPT = (
-    'Tensor? scale, Tensor? branch_scale, Tensor norm1_weight, Tensor? norm1_bias, Tensor conv, '
-    'Tensor gate_bias, Tensor norm_long, Tensor norm_short, Tensor norm2_weight, Tensor? norm2_bias, '
-    'Tensor s, Tensor y, Tensor conved, Tensor u, Tensor wide, Tensor o, Tensor s2, Tensor h, '
-    'Tensor qkv, Tensor gate, Tensor down, Tensor up, Tensor up_bias, Tensor out, Tensor fc1, Tensor fc2'
+    f'Tensor? scale, Tensor? branch_scale, Tensor s2, {schema_of(BlockWeights)}, '
+    f'{schema_of(Activations)}, {schema_of(Options)}'
 )
-OPTIONS = 'int heads, float eps, float mix_eps, bool conv_act, bool out_act'
 
 
 class Low(NamedTuple):
@@ -61,7 +63,8 @@ class Low(NamedTuple):
 
     key: tuple | None  # dtype, device, stream and widths; None if it is a graph's own
     memory: Tensor  # all weights side by side
-    views: tuple[Tensor, ...]  # [W_qkv; W_r; W_g1], W_g2, b, W_o, W_1, W_2, and these transposed
+    views: HalfWeights
+    transposed: HalfWeights
 
 
 # What no block is using, by key: as many as threads have used at once. Of a stream each, rather than made
@@ -69,12 +72,12 @@ class Low(NamedTuple):
 _unused: defaultdict[tuple, list[Low]] = defaultdict(list)
 
 
-def borrow(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Low:
+def borrow(dtype: torch.dtype, weights: BlockWeights) -> Low:
     """Copies of the weights in ``dtype``, the caller's until :func:`give_back`, then the next block's.
 
     They are copied anew each time, since nothing tells of a change by ``weight.data``.
     """
-    device, widths = weights[0].device, (weights[0].shape[1], weights[2].shape[0], weights[7].shape[1])
+    device, widths = weights.qkv.device, (weights.qkv.shape[1], weights.down.shape[0], weights.fc2.shape[1])
     make = functools.partial(_make, device, dtype, *widths)
     if is_capturing(device):
         low = Low(None, *make())
@@ -86,7 +89,7 @@ def borrow(dtype: torch.dtype, weights: tuple[Tensor, ...]) -> Low:
             low = Low(key, *persistent(make, device))
             if device.type == 'cuda':  # it is freed if an error comes before give_back()
                 low.memory.record_stream(torch.cuda.current_stream(device))
-    cast(weights, low.memory)
+    cast(weights.products(), low.memory)
     return low
 
 
@@ -96,12 +99,14 @@ def give_back(low: Low) -> None:
         _unused[low.key].append(low)
 
 
-def _make(device: torch.device, dtype: torch.dtype, *widths: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _make(
+    device: torch.device, dtype: torch.dtype, *widths: int
+) -> tuple[Tensor, HalfWeights, HalfWeights]:
     """New memory and its views."""
     places, size = _places(*widths)
     memory = torch.empty(size, dtype=dtype, device=device)
     views = [memory.as_strided(*place) for place in places]
-    return memory, (*views, *[view.t() for view in views])
+    return memory, HalfWeights(*views), HalfWeights(*[view.t() for view in views])
 
 
 @functools.lru_cache(maxsize=64)
@@ -149,63 +154,64 @@ def _of_heads(batch: int, tokens: int, heads: int, channels: int, width: int) ->
     return places
 
 
-def _fake_block(x, branch, *args):
-    fc2, dtype = args[TENSORS - 3], args[-1]
-    down, conv_act = args[8], args[-3]
+def _fake_block(x, branch, scale, branch_scale, *rest):
+    weights, options, (dtype,) = take(rest, BlockWeights, Options)
     channels, rows = x.shape[3], x.shape[0] * x.shape[1] * x.shape[2]
 
     def low(*shape):
         return x.new_empty(shape, dtype=dtype)
 
     none = x.new_empty(0)
-    return (
-        x.new_empty(x.shape), low(*x.shape), none if branch is None else x.new_empty(x.shape),
-        low(*x.shape), low(*x.shape) if conv_act else low(0), low(rows, channels),
-        low(rows, 3 * channels + down.shape[0]), low(rows, channels), low(rows, 2 * fc2.shape[1]),
-    )  # fmt: skip
+    kept = Activations(
+        s=none if branch is None else x.new_empty(x.shape),
+        y=low(*x.shape),
+        conved=low(*x.shape) if options.conv_act else low(0),
+        u=low(rows, channels),
+        wide=low(rows, 3 * channels + weights.down.shape[0]),
+        o=low(rows, channels),
+        h=low(rows, 2 * weights.fc2.shape[1]),
+    )
+    return x.new_empty(x.shape), low(*x.shape), *kept
 
 
-def forward(
-    keep, x, branch, scale, branch_scale, norm1_weight, norm1_bias, conv, qkv, gate, gate_bias, down, up,
-    up_bias, norm_long, norm_short, out, norm2_weight, norm2_bias, fc1, fc2,
-    heads, eps, mix_eps, conv_act, out_act, dtype,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """s', its branch, and with ``keep`` what the backward pass needs."""
-    channels, rank, kept = x.shape[3], down.shape[0], []
-    s, y = norm.forward(x, branch, scale, norm1_weight, norm1_bias, eps, dtype, 'none', False)
+def forward(keep, x, branch, scale, branch_scale, *rest) -> tuple[Tensor, ...]:
+    """The sum s' and its branch, and with ``keep`` the :class:`Activations`."""
+    w, (heads, eps, mix_eps, conv_act, out_act), (dtype,) = take(rest, BlockWeights, Options)
+    channels, rank, kept = x.shape[3], w.down.shape[0], {}
+    s, y = norm.forward(x, branch, scale, w.norm1, w.norm1_bias, eps, dtype, 'none', False)
     if keep:
-        kept += x.new_empty(0) if branch is None else s, y  # an operator must not return its input
+        kept['s'] = x.new_empty(0) if branch is None else s  # an operator must not return its input
+        kept['y'] = y
     s = x if s is None else s
-    low = borrow(dtype, (qkv, gate, down, up, up_bias, out, fc1, fc2))
-    w_1, (w_in, w_up, b_up, w_out, _, w_2) = low.views[4], low.views[6:]  # these transposed
+    low = borrow(dtype, w)
     with torch._C._DisableAutocast():
-        conved, u = dwconv.forward(y, conv, conv_act, keep)
+        conved, u = dwconv.forward(y, w.conv, conv_act, keep)
         if keep:
-            kept.append(conved if conv_act else u.new_empty(0))
+            kept['conved'] = conved if conv_act else u.new_empty(0)
         u = u.view(-1, channels)
         del conved, y
-        wide = torch.mm(u, w_in)
+        wide = torch.mm(u, low.transposed.wide)
         logits, reduced = gates_of(wide, channels, rank)
-        views = views_of(wide, torch.addmm(b_up, reduced, w_up), x, heads)
+        views = views_of(wide, torch.addmm(low.views.up_bias, reduced, low.transposed.up), x, heads)
         o = torch.empty_like(u)
         scaling = views[0].shape[3] ** -0.5
         bigla.forward(*views, scaling, GATE_NORMALIZER, o.view_as(views[2]))
         del views
-        m = gated_mix.mix(o, logits, u, norm_long, norm_short, gate_bias, mix_eps, out_act)
+        m = gated_mix.mix(o, logits, u, w.norm_long, w.norm_short, w.gate_bias, mix_eps, out_act)
         if keep:
-            kept += u, wide, o
+            kept.update(u=u, wide=wide, o=o)
         del u, wide, logits, reduced, o
-        z = torch.mm(m, w_out)
+        z = torch.mm(m, low.transposed.out)
         del m
-        s, y = norm.forward(s, z, branch_scale, norm2_weight, norm2_bias, eps, dtype, 'none', False)
+        s, y = norm.forward(s, z, branch_scale, w.norm2, w.norm2_bias, eps, dtype, 'none', False)
         del z
-        h, activated = swiglu.project(y.view(-1, channels), w_1, keep)
+        h, activated = swiglu.project(y.view(-1, channels), low.views.fc1, keep)
         if keep:
-            kept.append(h)
+            kept['h'] = h
         del y
-        z = torch.mm(activated, w_2).view_as(x)
+        z = torch.mm(activated, low.transposed.fc2).view_as(x)
     give_back(low)
-    return s, z, *kept
+    return (s, z, *Activations(**kept)) if keep else (s, z)
 
 
 @operator(f'block_inference({INPUTS}) -> (Tensor, Tensor)', lambda *args: _fake_block(*args)[:2])
@@ -216,63 +222,50 @@ def block_inference_op(*args):
 
 @operator(f'block({INPUTS}) -> ({", ".join(["Tensor"] * 9)})', _fake_block, inference=block_inference_op)
 def block_op(*args):
-    """A block's s' and its branch, and what the backward pass needs; arguments are validated."""
+    """A block's s' and its branch, and :class:`Activations`; arguments are validated."""
     return forward(True, *args)
 
 
-def small_sizes(channels: int, rank: int, head_dim: int, rms1: bool, rms2: bool) -> tuple[int, ...]:
-    """Numbers of the gradients of norm1, conv, norm_long, norm_short, the gate's bias, norm2, W_g2, b."""
-    return (
-        channels, 0 if rms1 else channels, 9 * channels, head_dim, head_dim, channels,
-        channels, 0 if rms2 else channels, channels * rank, channels,
-    )  # fmt: skip
-
-
-def _fake_block_backward(dz, ds, scale, branch_scale, *rest):
-    _, norm1_bias, _, _, norm_long, _, _, norm2_bias = rest[:8]
-    s, o, weight_dtype = rest[8], rest[13], rest[16].dtype
-    channels, hidden = s.shape[3], rest[15].shape[1] // 2
-    rank = rest[12].shape[1] - 3 * channels
+def _fake_block_backward(dz, ds, scale, branch_scale, s2, *rest):
+    w, act, _ = take(rest, BlockWeights, Activations)
+    dtype = w.qkv.dtype
 
     def of_weight(*shape):
-        return s.new_empty(shape, dtype=weight_dtype)
+        return s2.new_empty(shape, dtype=dtype)
 
-    small = sum(small_sizes(channels, rank, norm_long.shape[0], norm1_bias is None, norm2_bias is None))
     return (
-        s.new_empty(s.shape), s.new_empty(s.shape, dtype=o.dtype), s.new_empty(small, dtype=torch.float32),
-        of_weight(3 * channels + rank, channels), of_weight(channels, channels),
-        of_weight(2 * hidden, channels), of_weight(channels, hidden),
+        s2.new_empty(s2.shape), s2.new_empty(s2.shape, dtype=act.o.dtype),
+        s2.new_empty(sum(w.small_sizes()), dtype=torch.float32),
+        of_weight(act.wide.shape[1], w.qkv.shape[1]), *(of_weight(*x.shape) for x in (w.out, w.fc1, w.fc2)),
     )  # fmt: skip
 
 
 @operator(
-    f'block_backward(Tensor dz, Tensor? ds, {KEPT}, {OPTIONS}) -> ({", ".join(["Tensor"] * 7)})',
-    _fake_block_backward,
+    f'block_backward(Tensor dz, Tensor? ds, {KEPT}) -> ({", ".join(["Tensor"] * 7)})', _fake_block_backward
 )
-def block_backward_op(
-    dz, ds, scale, branch_scale, norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short,
-    norm2_weight, norm2_bias, s, y, conved, u, wide, o, s2, h,
-    qkv, gate, down, up, up_bias, out, fc1, fc2, heads, eps, mix_eps, conv_act, out_act,
-):  # fmt: skip
+def block_backward_op(dz, ds, scale, branch_scale, s2, *rest):
     """Gradients of :func:`block_op`: of x, the branch and the weights, the small ones in one vector."""
-    channels, rank, dtype, weight_dtype = s.shape[3], down.shape[0], o.dtype, qkv.dtype
+    w, (s, y, conved, u, wide, o, h), (heads, eps, mix_eps, conv_act, out_act), _ = take(
+        rest, BlockWeights, Activations, Options
+    )
+    channels, rank, dtype, weight_dtype = s.shape[3], w.down.shape[0], o.dtype, w.qkv.dtype
     # Copied again: kept, the copies would take 2 % of a training step's memory.
-    low = borrow(dtype, (qkv, gate, down, up, up_bias, out, fc1, fc2))
-    (w_in, w_up, b_up, w_out, w_1, w_2), w_up_t = low.views[:6], low.views[7]
+    low = borrow(dtype, w)
+    half = low.views
     ds = torch.zeros_like(s2) if ds is None else ds
     with torch._C._DisableAutocast():
         dz = dz.reshape(-1, channels)
-        dh, activated = swiglu.project_backward(dz, w_2, h)
+        dh, activated = swiglu.project_backward(dz, half.fc2, h)
         d_fc2 = of_weight(dz, activated, weight_dtype)
         del activated
         # Computed again: kept, it takes 4 % of a training step's memory (ViG-H-S, 800 x 1216, batch 2).
-        y2 = norm.forward(s2, None, None, norm2_weight, norm2_bias, eps, dtype, 'none', False)[1]
+        y2 = norm.forward(s2, None, None, w.norm2, w.norm2_bias, eps, dtype, 'none', False)[1]
         d_fc1 = of_weight(dh, y2.view(-1, channels), weight_dtype)
         del y2
-        dy = torch.mm(dh, w_1)
+        dy = torch.mm(dh, half.fc1)
         del dh
         ds, dz, d_norm2 = norm.backward(
-            ds, dy, s2, branch_scale, norm2_weight, norm2_bias, eps, 'none', False, dtype
+            ds, dy, s2, branch_scale, w.norm2, w.norm2_bias, eps, 'none', False, dtype
         )
         dz = dz.view(-1, channels)
 
@@ -280,31 +273,33 @@ def block_backward_op(
         logits, reduced = gates_of(wide, channels, rank)
         d_logits, d_reduced = gates_of(d_wide, channels, rank)
         do, du, m, d_mix = gated_mix.mix_backward(
-            torch.mm(dz, w_out), o, logits, u, norm_long, norm_short, gate_bias, mix_eps, out_act, d_logits
-        )
+            torch.mm(dz, half.out), o, logits, u, w.norm_long, w.norm_short, w.gate_bias, mix_eps, out_act,
+            d_logits,
+        )  # fmt: skip
         d_out = of_weight(dz, m, weight_dtype)
         del m, dz
-        views = views_of(wide, torch.addmm(b_up, reduced, w_up_t), s, heads)
+        views = views_of(wide, torch.addmm(half.up_bias, reduced, low.transposed.up), s, heads)
         bigla.backward(
             do.view_as(views[2]), *views, views[0].shape[3] ** -0.5, GATE_NORMALIZER,
             views_of(d_wide, d_decay, s, heads),
         )  # fmt: skip
         del views, do
-        d_up = low_rank.backward(d_decay, reduced, w_up, d_reduced)
+        d_up = low_rank.backward(d_decay, reduced, half.up, d_reduced)
         del d_decay
         d_in = of_weight(d_wide, u, weight_dtype)
-        du = du.addmm_(d_wide, w_in)  # torch.addmm would copy du first
+        du = du.addmm_(d_wide, half.wide)  # torch.addmm would copy du first
         give_back(low)
         del d_wide, d_logits, d_reduced
         if conv_act:
             du = torch.ops.aten.silu_backward(du.view_as(s), conved)
-        dy, d_conv = dwconv.backward(du, y, conv)
+        dy, d_conv = dwconv.backward(du, y, w.conv)
         dx, d_branch, d_norm1 = norm.backward(
-            ds, dy, s, scale, norm1_weight, norm1_bias, eps, 'none', False, dtype
+            ds, dy, s, scale, w.norm1, w.norm1_bias, eps, 'none', False, dtype
         )
     kinds1, programs1 = d_norm1.shape[:2]
     kinds2, programs2 = d_norm2.shape[:2]
     _, programs, heads, head_dim = d_mix.shape
+    # (source, rows, columns) of what becomes SmallGradients, in their order.
     segments = (
         *[(0, programs1, channels)] * kinds1, (1, d_conv.shape[0], 9 * channels),
         (2, programs * heads, head_dim), (2, programs * heads, head_dim), (2, programs, channels),
@@ -323,44 +318,33 @@ def of_weight(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _keep(inputs, output):
-    x, branch, scale, branch_scale, norm1_weight, norm1_bias, conv, qkv, gate, gate_bias = inputs[:10]
-    down, up, up_bias, norm_long, norm_short, out, norm2_weight, norm2_bias, fc1, fc2 = inputs[10:TENSORS]
-    s2, _, s, y, conved, u, wide, o, h = output
-    tensors = (
-        scale, branch_scale, norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short,
-        norm2_weight, norm2_bias, x if branch is None else s, y, conved, u, wide, o, s2, h,
-        qkv, gate, down, up, up_bias, out, fc1, fc2,
-    )  # fmt: skip
-    return tensors, (*inputs[TENSORS:-1], branch is not None)
+    x, branch, scale, branch_scale, *rest = inputs
+    weights, options, _ = take(rest, BlockWeights, Options)
+    s2, _, *kept = output
+    kept = Activations(*kept)
+    if branch is None:
+        kept = kept._replace(s=x)
+    return (scale, branch_scale, s2, *weights, *kept), (*options, branch is not None)
 
 
 def _backward(ds, dz, *kept):
     *kept, has_branch = kept
-    norm1_weight, norm1_bias, conv, gate_bias, norm_long, norm_short, norm2_weight, norm2_bias, s = kept[
-        2:11
-    ]
+    w, act, _ = take(kept[3:], BlockWeights, Activations)
     if dz is None:
-        dz = torch.zeros_like(kept[11])
+        dz = torch.zeros_like(act.y)
     dx, d_branch, small, d_in, d_out, d_fc1, d_fc2 = block_backward_op(dz, ds, *kept)
-    channels = s.shape[3]
-    rank = d_in.shape[0] - 3 * channels
-    d_qkv, d_gate, d_down = torch.split_with_sizes(d_in, (2 * channels, channels, rank))
-    sizes = small_sizes(channels, rank, norm_long.shape[0], norm1_bias is None, norm2_bias is None)
-    d_norm1, d_bias1, d_conv, d_long, d_short, d_gate_bias, d_norm2, d_bias2, d_up, d_up_bias = (
-        torch.split_with_sizes(small, sizes)
-    )
-    return (
-        dx, d_branch if has_branch else None, None, None, like(d_norm1, norm1_weight),
-        like(d_bias1, norm1_bias), like(d_conv.view_as(conv), conv), d_qkv, d_gate,
-        like(d_gate_bias, gate_bias), d_down, like(d_up.view(channels, rank), d_in), like(d_up_bias, d_in),
-        like(d_long, norm_long), like(d_short, norm_short), d_out, like(d_norm2, norm2_weight),
-        like(d_bias2, norm2_bias), d_fc1, d_fc2,
+    d_qkv, d_gate, d_down = torch.split_with_sizes(d_in, [len(x) for x in (w.qkv, w.gate, w.down)])
+    small = SmallGradients(*torch.split_with_sizes(small, w.small_sizes()))
+    grads = BlockWeights(
+        qkv=d_qkv, gate=d_gate, down=d_down, out=d_out, fc1=d_fc1, fc2=d_fc2,
+        **{name: like(d, getattr(w, name)) for name, d in small._asdict().items()},
     )  # fmt: skip
+    return dx, d_branch if has_branch else None, None, None, *grads
 
 
 def like(grad: Tensor, weight: Tensor | None) -> Tensor | None:
-    """A weight's gradient in the dtype of it, or of another one."""
-    return None if weight is None else grad if grad.dtype == weight.dtype else grad.to(weight.dtype)
+    """A small gradient in the shape and dtype of its weight."""
+    return None if weight is None else grad.view_as(weight).to(weight.dtype)
 
 
 differentiate('block', _backward, _keep, outputs=2)
