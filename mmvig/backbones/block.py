@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.layers import (
     NORMS,
     DWConv,
+    Residual,
     SwiGLU,
     add_and_normalise,
     fused_backend,
@@ -65,9 +67,9 @@ def draw_factors(drop_paths: Iterable[nn.Module], x: Tensor) -> list[Factors]:
 class Block(nn.Module):
     """s = x + DropPath(mixer(norm(x))), then s + DropPath(SwiGLU(norm(s))).
 
-    Each sum is left to the norm after it, which computes both in one pass: a block takes x with the branch
-    still to be added, and returns the like. On a GPU all of it is one operator (:mod:`mmvig.ops.block`),
-    unless one of its modules does anything else than its type: then they run one by one.
+    Each sum is left to the norm after it: a block takes and returns a :class:`Residual`. On a GPU all of it
+    is one operator (:mod:`mmvig.ops.block`), unless one of its modules does anything else than its type:
+    then they run one by one.
     """
 
     def __init__(
@@ -86,17 +88,9 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.backend = fused_backend(backend)
 
-    def forward(
-        self,
-        x: Tensor,
-        branch: Tensor | None = None,
-        scale: Tensor | None = None,
-        factors: Factors | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """[B, H, W, C], a branch alike (None: nothing to add) and its scale [B] -> the next three.
-
-        ``factors``: those of DropPath, where they have been drawn already.
-        """
+    def forward(self, residual: Residual, factors: Factors | None = None) -> Residual:
+        """The residual stream after this block; ``factors``: DropPath's, where they have been drawn."""
+        x = residual.x
         dtype = autocast_dtype(x)
         scales = draw_factors([self.drop_path], x)[0] if factors is None else factors
         weights = self._operands(x)
@@ -107,11 +101,12 @@ class Block(nn.Module):
             options = Options(
                 mixer.num_heads, self.norm1.eps, mixer.norm_long.eps, mixer.conv_act, mixer.out_act
             )
-            return *block_op(x, branch, scale, scales[0], *weights, *options, dtype)[:2], scales[1]
-        x, y = add_and_normalise(self.norm1, x, branch, scale, self.backend, dtype)
-        branch = self._drop(self.mixer(y))
-        x, y = add_and_normalise(self.norm2, x, branch, scales[0], self.backend, dtype)
-        return x, self._drop(self.mlp(y)), scales[1]
+            x, branch, *_ = block_op(*residual, scales[0], *weights, *options, dtype)
+            return Residual(x, branch, scales[1])
+        x, y = add_and_normalise(self.norm1, residual, self.backend, dtype)
+        residual = Residual(x, self._drop(self.mixer(y)), scales[0])
+        x, y = add_and_normalise(self.norm2, residual, self.backend, dtype)
+        return Residual(x, self._drop(self.mlp(y)), scales[1])
 
     def _drop(self, branch: Tensor) -> Tensor:
         """The branch as it is where its factors are drawn for all blocks at once."""
@@ -149,3 +144,10 @@ class Block(nn.Module):
             norm_long=norm_long.weight, norm_short=norm_short.weight, out=out.weight, norm2=norm2.weight,
             norm2_bias=bias2, fc1=fc1.weight, fc2=fc2.weight,
         )  # fmt: skip
+
+
+def run_block(block: Block, residual: Residual, factors: Factors, with_cp: bool) -> Residual:
+    """The residual stream after a block, which ``with_cp`` is computed again in the backward pass."""
+    if with_cp and torch.is_grad_enabled():
+        return checkpoint(block, residual, factors, use_reentrant=False)
+    return block(residual, factors)

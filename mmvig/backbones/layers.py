@@ -7,6 +7,8 @@ calls it otherwise: hooks, replaced and wrapped modules, parametrisations and we
 where they can run, 'triton' insists on them, anything else takes PyTorch's.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,24 +76,32 @@ def is_plain_norm(module: nn.Module, channels: int, kinds: tuple[type, ...]) -> 
     )
 
 
+class Residual(NamedTuple):
+    """The residual stream, x + scale * branch: a sum that is left to the norm after it, for one pass."""
+
+    x: Tensor  # [B, H, W, C]
+    branch: Tensor | None = None  # alike; None: nothing to add
+    scale: Tensor | None = None  # of each sample, [B]; None: 1
+
+    def sum(self) -> Tensor:
+        """The sum, ``[B, H, W, C]``."""
+        return self.x if self.branch is None else add(*self)
+
+
 def add_and_normalise(
     module: nn.Module,
-    x: Tensor,
-    branch: Tensor | None,
-    scale: Tensor | None,
+    residual: Residual,
     backend: str,
     dtype: torch.dtype | None = None,
     as_map: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Residual connection s = x + scale * branch and a norm of s, in one pass where the norm is plain.
+    """The residual stream's sum s and a norm of s, in one pass where the norm is plain.
 
     Args:
         module: the norm, ``[B, H, W, C]`` -> ``[B, H, W, C]``.
-        x: maps ``[B, H, W, C]``.
-        branch: alike; None: s is x.
-        scale: factor of each sample ``[B]``; None: 1.
+        residual: the stream.
         backend: 'auto', 'torch' or 'triton'.
-        dtype: of the norm's result; None: x's.
+        dtype: of the norm's result; None: that of the stream.
         as_map: whether the result is a contiguous ``[B, C, H, W]``. The module then takes and returns
             such maps, as :class:`LayerNorm2d` does; PyTorch's LayerNorm and RMSNorm, which cannot, are
             given channels last. Default: False.
@@ -99,16 +109,17 @@ def add_and_normalise(
     Returns:
         s and the norm of s.
     """
+    x = residual.x
     dtype = dtype or x.dtype
     kinds = MAP_NORMS if as_map else NORMS
     if is_plain_norm(module, x.shape[3], kinds):
         rms = isinstance(module, nn.RMSNorm)
         weights = module.weight, None if rms else module.bias, module.eps
         options = {'rms': rms, 'dtype': dtype, 'channels_first': as_map, 'backend': backend}
-        if branch is None:
+        if residual.branch is None:
             return x, norm(x, *weights, **options)
-        return add_norm(x, branch, scale, *weights, **options)
-    x = x if branch is None else add(x, branch, scale)
+        return add_norm(*residual, *weights, **options)
+    x = residual.sum()
     return x, normalise(module, x, as_map).to(dtype)
 
 

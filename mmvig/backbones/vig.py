@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.base import Backbone, check_positive_ints, parse_arch
-from mmvig.backbones.block import Block, draw_factors
-from mmvig.backbones.layers import ConvNorm, RMSNorm2d, SwiGLU, add_and_normalise, fused_backend
+from mmvig.backbones.block import Block, draw_factors, run_block
+from mmvig.backbones.layers import ConvNorm, Residual, RMSNorm2d, SwiGLU, add_and_normalise, fused_backend
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.registry import MODELS
 
@@ -172,18 +171,15 @@ class ViG(Backbone):
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self.stem(x.permute(0, 2, 3, 1))
         x = x + self._position_embedding(x.shape[1], x.shape[2])
-        maps, state = [], (x, None, None)
+        maps, residual = [], Residual(x)
         factors = draw_factors((block.drop_path for block in self.blocks), x)
         for i, (block, of_block) in enumerate(zip(self.blocks, factors, strict=True)):
-            if self.with_cp and torch.is_grad_enabled():
-                state = checkpoint(block, *state, of_block, use_reentrant=False)
-            else:
-                state = block(*state, of_block)
+            residual = run_block(block, residual, of_block, self.with_cp)
             if i in self.out_indices:
                 norm = getattr(self, f'norm{i}')
-                x, y = add_and_normalise(norm, *state, self.backend, as_map=True)
+                x, y = add_and_normalise(norm, residual, self.backend, as_map=True)
                 maps.append(y)
-                state = x, None, None
+                residual = Residual(x)
         return tuple(maps)
 
     def _position_embedding(self, height: int, width: int) -> Tensor:

@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from mmengine.registry import MODELS as ROOT_MODELS
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmvig.backbones.base import Backbone, check_positive_ints, parse_arch
-from mmvig.backbones.block import Block, draw_factors
+from mmvig.backbones.block import Block, draw_factors, run_block
 from mmvig.backbones.layers import (
     MAP_NORMS,
     ConvNorm,
     LayerNorm2d,
+    Residual,
     SwiGLU,
     add_and_normalise,
     fused_backend,
@@ -25,7 +25,6 @@ from mmvig.backbones.layers import (
     normalise,
 )
 from mmvig.backbones.mixer import GatedTokenMixer
-from mmvig.ops.norm import add
 from mmvig.registry import MODELS
 
 ARCHS = {
@@ -82,17 +81,14 @@ class Stage(nn.Module):
         ``norm``, the backbone's output norm, is computed here, in one pass with the last sum. The backbone
         does not hand over one that must be called; it calls that itself, where counters look for it.
         """
-        state = x, None, None
+        residual = Residual(x)
         factors = draw_factors((block.drop_path for block in self.blocks), x)
         for block, of_block in zip(self.blocks, factors, strict=True):
-            if self.with_cp and torch.is_grad_enabled():
-                state = checkpoint(block, *state, of_block, use_reentrant=False)
-            else:
-                state = block(*state, of_block)
+            residual = run_block(block, residual, of_block, self.with_cp)
         if norm is not None:
-            x, y = add_and_normalise(norm, *state, self.backend, as_map=True)
+            x, y = add_and_normalise(norm, residual, self.backend, as_map=True)
         else:
-            x, y = add(*state), None
+            x, y = residual.sum(), None
         return x if self.downsample is None else self.downsample(x), x, y
 
 

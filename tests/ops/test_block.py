@@ -11,7 +11,7 @@ from compiled import compile_and_see
 from torch import nn
 
 from mmvig.backbones.block import Block
-from mmvig.backbones.layers import SwiGLU
+from mmvig.backbones.layers import Residual, SwiGLU
 from mmvig.backbones.mixer import GatedTokenMixer
 from mmvig.ops.block import op as ops
 
@@ -54,7 +54,7 @@ def run(block, inputs, dtype=None):
     leaves = [x for x in inputs if x is not None and x.requires_grad] + list(block.parameters())
     torch.manual_seed(2)
     with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
-        outputs = block(*inputs)[:2]
+        outputs = block(Residual(*inputs))[:2]
     given = [torch.linspace(-1, 1, y.numel(), device=DEVICE).view(y.shape).to(y) for y in outputs]
     return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, given)]
 
@@ -104,7 +104,7 @@ def arguments(block, inputs, monkeypatch):
     """What a block calls its operator with."""
     seen = []
     monkeypatch.setattr(ops, 'block_op', lambda *x: seen.append(x) or inputs[:2])
-    block(*inputs)
+    block(Residual(*inputs))
     monkeypatch.undo()
     return seen[0]
 
@@ -119,7 +119,7 @@ def test_is_a_torch_operator(monkeypatch):
 
 def test_second_derivative_is_refused():
     inputs = make_inputs()
-    s, _, _ = make()(*inputs)
+    s, _, _ = make()(Residual(*inputs))
     (grad,) = torch.autograd.grad(s.square().sum(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match='no second derivative'):
         torch.autograd.grad(grad.sum(), inputs[0])
@@ -127,10 +127,10 @@ def test_second_derivative_is_refused():
 
 def test_a_gradient_can_be_missing():
     block, inputs = make(), make_inputs()
-    s, z, _ = block(*inputs)
+    s, z, _ = block(Residual(*inputs))
     both = torch.autograd.grad(s.sum() + 0 * z.sum(), inputs[0], retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(s.sum(), inputs[0]), both)
-    _, z, _ = block(*inputs)
+    _, z, _ = block(Residual(*inputs))
     assert torch.autograd.grad(z.sum(), block.mlp.fc1.weight)[0].abs().max() > 0
 
 
@@ -151,7 +151,9 @@ def test_compiled_inference_keeps_nothing():
     compiled, seen = compile_and_see(block)
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            for actual, expected in zip(compiled(*inputs)[:2], block(*inputs)[:2], strict=True):
+            for actual, expected in zip(
+                compiled(Residual(*inputs))[:2], block(Residual(*inputs))[:2], strict=True
+            ):
                 torch.testing.assert_close(actual, expected)
     assert set(seen) == {'mmvig.block_inference.default'}
     seen.clear()
@@ -174,27 +176,27 @@ def test_same_bits_however_it_runs():
     results = run(block, inputs)
     assert all(map(torch.equal, results, run(block, inputs)))
     with torch.no_grad():
-        for y, expected in zip(block.eval()(*inputs)[:2], results, strict=False):
+        for y, expected in zip(block.eval()(Residual(*inputs))[:2], results, strict=False):
             assert torch.equal(y, expected)
-        for y, expected in zip(block(*(x[:2] for x in inputs))[:2], results, strict=False):
+        for y, expected in zip(block(Residual(*(x[:2] for x in inputs)))[:2], results, strict=False):
             torch.testing.assert_close(y, expected[:2], rtol=1e-6, atol=1e-6)
 
 
 def test_weights_changed_behind_autograd_are_seen():
     block, inputs = make(), make_inputs()
     with torch.no_grad():
-        before = block(*inputs)[1]
+        before = block(Residual(*inputs))[1]
         block.mlp.fc2.weight.data.mul_(2)  # as mmengine's EMAHook does; no version tells of it
-        assert torch.equal(block(*inputs)[1], 2 * before)
+        assert torch.equal(block(Residual(*inputs))[1], 2 * before)
     with torch.inference_mode():
-        assert torch.equal(block(*inputs)[1], 2 * before)
+        assert torch.equal(block(Residual(*inputs))[1], 2 * before)
 
 
 def test_blocks_share_the_memory_of_half_weights(monkeypatch):
     monkeypatch.setattr(ops, '_unused', defaultdict(list))
     block, other, inputs = make(), make('ViG'), make_inputs()
     with torch.inference_mode():
-        block(*inputs)
+        block(Residual(*inputs))
     results = run(block, inputs)
     run(other, inputs)
     assert all(map(torch.equal, results, run(block, inputs)))
@@ -275,10 +277,10 @@ def test_sweep(family, dtype, size, channels):
 def test_cuda_graph():
     block, inputs = make(), make_inputs()
     with torch.no_grad():
-        expected = block(*inputs)[:2]
+        expected = block(Residual(*inputs))[:2]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            actual = block(*inputs)[:2]
+            actual = block(Residual(*inputs))[:2]
     graph.replay()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
@@ -291,7 +293,7 @@ def test_cuda_graph_of_gradients_at_a_new_size():
 
     def gradients(inputs):
         return torch.autograd.grad(
-            [y.sum() for y in block(*inputs)[:2]], [*inputs[:2], *block.parameters()]
+            [y.sum() for y in block(Residual(*inputs))[:2]], [*inputs[:2], *block.parameters()]
         )
 
     # Leaves, so that none of autograd's nodes is of the default stream.
