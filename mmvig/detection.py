@@ -7,7 +7,7 @@ maps' dtype: in bfloat16 to whole multiples of 4 or 8 pixels from 512 on.
 
 import itertools
 import math
-from collections import OrderedDict
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import mmvig.compat  # noqa: F401  # before mmdet, which imports mmcv.ops
@@ -28,6 +28,7 @@ from mmdet.structures.bbox import get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from mmvig.ops.plain import is_watched
 from mmvig.registry import TASK_UTILS
 
 MOST_SIZES = 64  # of which an AnchorGenerator keeps anchors
@@ -47,27 +48,36 @@ class DetDataPreprocessor(_DetDataPreprocessor):
         self._normalizes, self._enable_normalize = self._enable_normalize, False
 
     def cast_data(self, data):
-        """Move a batch to the device; its images are normalised, padded and stacked there."""
+        """Move a batch to the device; the usual images are normalised, padded and stacked there."""
         data = super().cast_data(data)
-        if isinstance(data, Mapping) and isinstance(images := data.get('inputs'), (Tensor, Sequence)):
-            data = {**data, 'inputs': self._stacked(images)}
-        return data
+        usual = isinstance(data, Mapping) and self._are_usual(data.get('inputs'))
+        self._channel_conversion = self._swaps and not usual
+        self._enable_normalize = self._normalizes and not usual
+        return {**data, 'inputs': self._stacked(data['inputs'])} if usual else data
 
-    def _stacked(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        images = [self._normalised(image) for image in images]
+    def _are_usual(self, images: object) -> bool:
+        """Whether they are several images [C, H, W] of as many channels as normalisation is for."""
+        if not isinstance(images, (list, tuple)) or not images:
+            return False
+        if not all(isinstance(x, Tensor) and x.ndim == 3 and not x.requires_grad for x in images):
+            return False
+        channels = len(images[0])
+        normalizes = not self._normalizes or (
+            len(self.mean) in (1, channels) and self.mean.dtype == torch.float32
+        )
+        return normalizes and all(len(x) == channels for x in images) and (not self._swaps or channels == 3)
+
+    def _stacked(self, images: Sequence[Tensor]) -> Tensor:
         sides = [max(image.shape[axis] for image in images) for axis in (1, 2)]
         height, width = (-(-side // self.pad_size_divisor) * self.pad_size_divisor for side in sides)
-        batch = images[0].new_full((len(images), len(images[0]), height, width), self.pad_value)
+        shape = len(images), len(images[0]), height, width
+        batch = torch.full(shape, self.pad_value, dtype=torch.float32, device=images[0].device)
         for place, image in zip(batch, images, strict=True):
+            image = (image.flip(0) if self._swaps else image).float()
+            if self._normalizes:
+                image = (image - self.mean) / self.std
             place[:, : image.shape[1], : image.shape[2]] = image
         return batch
-
-    def _normalised(self, image: Tensor) -> Tensor:
-        channels = len(self.mean) if self._normalizes else None
-        if image.ndim != 3 or channels not in (None, 1, len(image)):
-            raise ValueError(f'an image must be [{channels or "C"}, H, W], got {list(image.shape)}')
-        image = (image.flip(0) if self._swaps else image).float()
-        return (image - self.mean) / self.std if self._normalizes else image
 
 
 class RPNHead(_RPNHead):
@@ -168,7 +178,8 @@ class RPNHead(_RPNHead):
             with_nms: as mmdet's; it must be True.
         """
         cls_scores, bbox_preds = ([x.detach().float() for x in maps] for maps in (cls_scores, bbox_preds))
-        if rescale or not (with_nms and self.use_sigmoid_cls and self._has_plain_boxes()):
+        usual = with_nms and not rescale and self.use_sigmoid_cls and self._has_plain_boxes()
+        if not usual or _is_traced():
             return super().predict_by_feat(
                 cls_scores, bbox_preds, score_factors, batch_img_metas, cfg, rescale, with_nms
             )
@@ -221,13 +232,17 @@ class RPNHead(_RPNHead):
             and self.sampler.samples_each()
             and type(self.loss_cls) is CrossEntropyLoss
             and self.loss_cls.use_sigmoid
+            and self.loss_cls.ignore_index is None
+            and self.loss_cls.reduction == getattr(self.loss_bbox, 'reduction', None) == 'mean'
             and not self.reg_decoded_bbox
             and self.train_cfg['allowed_border'] < 0
         )
 
     def _has_plain_boxes(self) -> bool:
         coder = self.bbox_coder
-        return type(coder) is DeltaXYWHBBoxCoder and not (coder.use_box_type or coder.add_ctr_clamp)
+        return type(coder) is DeltaXYWHBBoxCoder and not (
+            coder.use_box_type or coder.add_ctr_clamp or self.prior_generator.use_box_type
+        )
 
     def _valid(self, sizes: list[tuple], pads: list[tuple], device: torch.device) -> Tensor | None:
         """Which anchors are within each image, ``[B, N]``; None if all are."""
@@ -236,11 +251,11 @@ class RPNHead(_RPNHead):
             flags = [torch.cat(self.prior_generator.valid_flags(sizes, pad, device)) for pad in pads]
             return None if all(own.all() for own in flags) else torch.stack(flags)
 
-        return self._kept.get((*sizes, None, *pads, device), make)
+        return self._kept.made((*sizes, None, *pads, device), make)
 
     def _levels(self, counts: tuple[int, ...], device: torch.device) -> Tensor:
         """Numbers of the levels of which each has some anchors."""
-        return self._kept.get(
+        return self._kept.made(
             (counts, device),
             lambda: torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(counts)]),
         )
@@ -272,16 +287,20 @@ class SingleRoIExtractor(_SingleRoIExtractor):
             getattr(layer, 'use_torchvision', False) for layer in self.roi_layers
         )
         rois = rois.float() if keeps else rois.type_as(feats[0])
+        # mmdet gives zeros for RoIs of no level, whose area is negative or NaN.
+        levels = torch.where((levels >= 0) & (levels < len(feats)), levels, len(feats))
         order = levels.argsort(stable=True)
-        counts = (levels[:, None] == torch.arange(len(feats), device=levels.device)).sum(0).tolist()
+        counts = (levels[:, None] == torch.arange(len(feats) + 1, device=levels.device)).sum(0).tolist()
         found, unused = [], []
         for layer, x, own in zip(self.roi_layers, feats, rois[order].split(counts), strict=False):
             if len(own):
                 found.append(layer(x, own))
             else:
                 unused.append(x.sum() * 0.0)  # a gradient for each level, as DDP wants it
-        found = torch.cat(found)
-        result = torch.empty_like(found).index_copy_(0, order, found)
+        like = found[0] if found else feats[0]
+        result = like.new_zeros(len(rois), self.out_channels, *self.roi_layers[0].output_size)
+        if found:
+            result.index_copy_(0, order[: len(rois) - counts[-1]], torch.cat(found))
         return result + sum(unused) if unused else result
 
 
@@ -294,11 +313,11 @@ class FCNMaskHead(_FCNMaskHead):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Masks ``[N, classes, 2h, 2w]`` from features of RoIs ``[N, C, h, w]``."""
-        count = len(x)
-        missing = -count % MASKS
-        if missing and self.norm_cfg is None:  # a batch norm would count them
-            x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
-        return super().__call__(x)[:count]
+        # A batch norm would count them, and a trace would fix how many there are.
+        if self.norm_cfg is not None or _is_traced() or len(x) % MASKS == 0:
+            return super().__call__(x)
+        filled = torch.cat([x, x.new_zeros(-len(x) % MASKS, *x.shape[1:])])
+        return super().__call__(filled)[: len(x)]
 
 
 class _Overlaps(BboxOverlaps2D):
@@ -392,7 +411,7 @@ class RandomSampler(_RandomSampler):
             gallery: a tensor ``[n]``; an array or a list is left to mmdet.
             num: how many, at most n.
         """
-        if not isinstance(gallery, Tensor):
+        if not isinstance(gallery, Tensor) or len(gallery) < num:
             return super().random_choice(gallery, num)
         return gallery[torch.randperm(len(gallery), device=gallery.device)[:num]]
 
@@ -421,16 +440,30 @@ class RandomSampler(_RandomSampler):
         return (positive, is_positive), (negative, is_negative)
 
 
-class _Kept(OrderedDict):
-    """What was made for the last sizes."""
+_keeping = threading.Lock()  # of all: one of its own could not be copied with a model
 
-    def get(self, key: tuple, make: Callable):
-        if key not in self:
-            if len(self) >= MOST_SIZES:
-                self.popitem(last=False)
-            self[key] = make()
-        self.move_to_end(key)
-        return self[key]
+
+class _Kept(dict):
+    """What was made for the last keys."""
+
+    def made(self, key: tuple, make: Callable):
+        """What ``make()`` has returned for this key, or returns now."""
+        if _is_traced():  # what is made now belongs to the trace
+            return make()
+        found = self.get(key)
+        if found is None:
+            with torch.inference_mode(False):  # later calls may need gradients
+                found = (make(),)
+            with _keeping:
+                while len(self) >= MOST_SIZES:
+                    del self[next(iter(self))]
+                self[key] = found
+        return found[0]
+
+
+def _is_traced() -> bool:
+    """Whether a compiler, tracer or exporter looks on, for which sizes must stay open."""
+    return torch.compiler.is_compiling() or is_watched() or torch.onnx.is_in_onnx_export()
 
 
 @TASK_UTILS.register_module()
@@ -443,7 +476,7 @@ class AnchorGenerator(_AnchorGenerator):
 
     def _keep(self, make: Callable, sizes: list[tuple[int, int]], *rest) -> list[Tensor]:
         key = (make.__name__, *map(tuple, sizes), *rest)
-        made = self._kept.get(key, lambda: make(sizes, *rest))
+        made = self._kept.made(key, lambda: make(sizes, *rest))
         return [each.clone() for each in made]  # the caller's own
 
     def grid_priors(self, featmap_sizes, dtype=torch.float32, device='cuda') -> list[Tensor]:
@@ -464,13 +497,16 @@ class DeltaXYWHBBoxCoder(_DeltaXYWHBBoxCoder):
         self._kept = _Kept()
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self._kept.get(
-            (like.device, like.dtype), lambda: (like.new_tensor(self.means), like.new_tensor(self.stds))
+        return self._kept.made(
+            (like.device, like.dtype, *self.means, *self.stds),
+            lambda: (like.new_tensor(self.means), like.new_tensor(self.stds)),
         )
 
     def encode(self, bboxes: Tensor, gt_bboxes: Tensor) -> Tensor:
         """The deltas ``[n, 4]`` from boxes ``[n, 4]`` to objects' ``[n, 4]``."""
         boxes, truth = (get_box_tensor(each).float() for each in (bboxes, gt_bboxes))
+        if boxes.shape != truth.shape:
+            return super().encode(bboxes, gt_bboxes)  # which says what is wrong
         size, true_size = (each[..., 2:] - each[..., :2] for each in (boxes, truth))
         centre, true_centre = ((each[..., :2] + each[..., 2:]) * 0.5 for each in (boxes, truth))
         deltas = torch.cat([(true_centre - centre) / size, (true_size / size).log()], dim=-1)
@@ -495,9 +531,11 @@ class DeltaXYWHBBoxCoder(_DeltaXYWHBBoxCoder):
         if (
             pred_bboxes.ndim != 2
             or len(pred_bboxes) == 0
+            or len(pred_bboxes) != len(bboxes)
             or self.use_box_type
             or self.add_ctr_clamp
-            or torch.onnx.is_in_onnx_export()
+            or wh_ratio_clip <= 0
+            or _is_traced()
         ):
             return super().decode(bboxes, pred_bboxes, max_shape, wh_ratio_clip)
         deltas = pred_bboxes.reshape(len(pred_bboxes), -1, 4)

@@ -1,6 +1,8 @@
 """Our parts of detectors give what mmdet's give, and do not round boxes in mixed precision."""
 
 import copy
+import sys
+import threading
 from pathlib import Path
 
 import mmvig.compat  # noqa: F401  before what imports mmcv.ops
@@ -16,6 +18,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import MODELS, TASK_UTILS
 from mmengine.structures import InstanceData
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
@@ -172,10 +175,37 @@ def test_preprocessor(training, stacked, options):
     assert results[0][1] == results[1][1] and len(results[0][1]) == 2
 
 
-def test_images_of_other_channels_are_refused():
-    ours, _ = pair_of(DetDataPreprocessor, MODEL.data_preprocessor)
-    with pytest.raises(ValueError, match=r'must be \[3, H, W\], got \[1, 4, 4\]'):
-        ours({'inputs': [torch.zeros(1, 4, 4)], 'data_samples': None})
+@pytest.mark.parametrize(
+    ('images', 'options'),
+    [
+        ([(1, 4, 4)], {}),
+        ([(4, 4, 4)], {}),
+        ([(4, 4, 4)], {'mean': None, 'std': None}),
+        ([(3, 4, 4), (1, 4, 4)], {'mean': None, 'std': None, 'bgr_to_rgb': False}),
+        ([], {}),
+    ],
+)
+def test_unusual_images_are_what_they_are_to_mmdet(images, options):
+    found = []
+    for preprocessor in pair_of(DetDataPreprocessor, {**MODEL.data_preprocessor, **options}):
+        try:
+            data = {'inputs': [torch.ones(size) for size in images], 'data_samples': None}
+            found.append(preprocessor(data)['inputs'].tolist())
+        except Exception as error:
+            found.append((type(error), str(error)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize('double', [False, True])
+def test_images_may_have_a_gradient_and_models_be_double(double):
+    found = []
+    for preprocessor in pair_of(DetDataPreprocessor, MODEL.data_preprocessor):
+        image = torch.ones(3, 4, 5, requires_grad=not double)
+        preprocessor = preprocessor.double() if double else preprocessor
+        inputs = preprocessor({'inputs': [image], 'data_samples': None})['inputs']
+        found.append([inputs] if double else [inputs, *torch.autograd.grad(inputs.square().sum(), image)])
+    assert_close(*found, rtol=0, atol=0)
+    assert found[0][0].dtype == (torch.float64 if double else torch.float32)
 
 
 def proposals(head, scale=1.0, dtype=torch.float32):
@@ -236,15 +266,22 @@ def rpn_losses(head, counts=(3, 7), pads=((208, 317), (150, 320)), dtype=torch.f
         ({'assigner.match_low_quality': False}, {}),
         ({'assigner.pos_iou_thr': 0.99, 'assigner.match_low_quality': False}, {}),
         ({'sampler.neg_pos_ub': 3}, {}),
+        ({}, {'anchor_generator': {'use_box_type': True}}),
+        ({}, {'loss_cls': {'ignore_index': 1}}),
+        ({}, {'loss_cls': {'reduction': 'none'}, 'loss_bbox': {'reduction': 'none'}}),
     ],
 )
 def test_losses_of_proposals(options, case):
     """Where all anchors are drawn, there is no chance: the losses are mmdet's."""
+    case = dict(case)
     train_cfg = Config(copy.deepcopy(MODEL.train_cfg.rpn))
     train_cfg.merge_from_dict({'sampler.num': 10**6, **options})
     train_cfg = train_cfg._cfg_dict
     seeded = {'train_cfg': train_cfg, 'test_cfg': MODEL.test_cfg.rpn}
-    ours, theirs = pair_of(RPNHead, {**MODEL.rpn_head, **seeded})
+    head = copy.deepcopy(MODEL.rpn_head)
+    for part in ('anchor_generator', 'loss_cls', 'loss_bbox'):
+        head[part].update(case.pop(part, {}))
+    ours, theirs = pair_of(RPNHead, {**head, **seeded})
     if train_cfg.sampler.neg_pos_ub > 0:
         torch.manual_seed(0)
         expected = rpn_losses(theirs, **case)
@@ -322,6 +359,65 @@ def test_a_mask_head_with_batch_norm_sees_what_it_is_given():
     sizes = []
     head(torch.randn(3, 8, 6, 6))
     assert sizes == [3]
+
+
+def test_rois_of_no_level_have_no_features():
+    """Of negative area or NaN, as a jitter of boxes or a diverged run makes them."""
+    ours, theirs = pair_of(SingleRoIExtractor, {**MODEL.roi_head.bbox_roi_extractor, 'out_channels': 8})
+    rois = torch.tensor(
+        [[0, 0, 0, 90, 90.0], [0, 9, 9, 4, 40], [0, torch.nan, 0, 9, 9], [0, 1, 1, 300, 300]]
+    )
+    generator = torch.Generator().manual_seed(0)
+    feats = [torch.randn(1, 8, 64 >> i, 64 >> i, generator=generator) for i in range(4)]
+    for chosen in (rois, rois[1:3]):
+        assert_close(ours(feats, chosen), theirs(feats, chosen), rtol=0, atol=0)
+    assert ours(feats, rois)[1:3].eq(0).all() and ours(feats, rois)[0].any()
+
+
+def test_a_trace_of_masks_fixes_no_count():
+    options = {**MODEL.roi_head.mask_head, 'in_channels': 8, 'conv_out_channels': 8}
+    head, _ = pair_of(FCNMaskHead, options)
+    traced = torch.jit.trace(head, torch.randn(3, 8, 6, 6), check_trace=False)
+    assert len(traced(torch.randn(40, 8, 6, 6))) == 40
+
+
+def test_kept_constants_serve_later_calls():
+    coder = TASK_UTILS.build(dict(type='mmvig.DeltaXYWHBBoxCoder', target_stds=(0.1, 0.1, 0.2, 0.2)))
+    priors = boxes(5, torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = coder.decode(priors, torch.ones(5, 4)).tolist()
+    deltas = torch.ones(5, 4, requires_grad=True)
+    found = coder.decode(priors, deltas)
+    found.sum().backward()  # what was made in inference mode could not be saved for it
+    assert found.tolist() == before and deltas.grad.any()
+    coder.stds = (1.0, 1.0, 1.0, 1.0)
+    assert coder.decode(priors, torch.ones(5, 4)).tolist() != before
+    with FakeTensorMode():
+        coder.decode(torch.ones(2, 4), torch.ones(2, 4))
+    assert type(coder.decode(priors, torch.ones(5, 4))) is torch.Tensor
+
+
+def test_threads_share_what_is_kept():
+    generator = TASK_UTILS.build(dict(type='mmvig.AnchorGenerator', scales=[8], ratios=[1.0], strides=[4]))
+    interval, errors = sys.getswitchinterval(), []
+
+    def work():
+        try:
+            for i in range(600):
+                assert len(generator.grid_priors([(1 + i % 90, 1)], device='cpu')[0]) == 1 + i % 90
+        except Exception as error:
+            errors.append(error)
+
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors and len(generator._kept) <= 64
 
 
 def test_no_rois():

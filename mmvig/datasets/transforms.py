@@ -44,5 +44,8 @@ class LoadAnnotations(_LoadAnnotations):
         """An instance, whose RLE mask is replaced by its outlines if it is ignored."""
         if not (instance['ignore_flag'] and isinstance(instance['mask'], dict)):
             return instance
-        outlines, _ = bitmap_to_polygon(self._poly2mask(instance['mask'], height, width))
+        mask = instance['mask']
+        if not (mask.get('size') and isinstance(mask.get('counts'), (list, str, bytes))):
+            return {**instance, 'mask': [[0.0] * 6]}  # as mmdet has masks that are none
+        outlines, _ = bitmap_to_polygon(self._poly2mask(mask, height, width))
         return {**instance, 'mask': [outline.reshape(-1) for outline in outlines]}

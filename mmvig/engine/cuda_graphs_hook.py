@@ -1,5 +1,7 @@
 """CUDA graphs for parts of a model that are not ours, and what became of all of them."""
 
+from collections.abc import Sequence
+
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
@@ -14,35 +16,32 @@ class CudaGraphsHook(Hook):
     """Runs parts of a model as CUDA graphs, and logs at the end of a run how often graphs were replayed.
 
     Args:
-        modules: names of submodules, such as 'neck' or 'rpn_head', whose ``forward`` takes and returns
-        tensors,
-            alone or nested in tuples and lists, and depends on nothing else. Our backbones have graphs of
-            their own. Default: none.
+        modules: names of submodules, such as 'neck' or 'roi_head.mask_head', whose ``forward`` takes and
+            returns tensors, alone or nested in tuples and lists, and depends on nothing else. Our backbones
+            have graphs of their own. One that the model does not have, or that has buffers, as BatchNorm's
+            statistics, which a capture would change, runs without graphs, and a warning says so. Default:
+            none.
         limit: of :class:`mmvig.cuda_graphs.CudaGraphs`. Default: 'auto'.
-
-    Raises:
-        ValueError: The model has no such module, or one whose forward pass in training changes buffers, as
-            BatchNorm's does.
     """
 
-    def __init__(self, modules: tuple[str, ...] = (), limit: int | str = 'auto'):
+    def __init__(self, modules: str | Sequence[str] = (), limit: int | str = 'auto'):
         CudaGraphs(limit)  # checks it
-        self.modules = modules
+        self.modules = [modules] if isinstance(modules, str) else modules
         self.limit = limit
 
     def before_run(self, runner: Runner) -> None:
         """Wrap the modules' forward passes."""
-        model = _unwrapped(runner.model)
+        modules = dict(_unwrapped(runner.model).named_modules())
         for name in self.modules:
-            module = dict(model.named_modules()).get(name)
+            module = modules.get(name)
+            why = None
             if module is None:
-                parts = ', '.join(name for name, _ in model.named_children())
-                raise ValueError(f'CudaGraphsHook: the model has no module {name!r}; it has {parts}')
-            if buffers := [key for key, _ in module.named_buffers()]:
-                raise ValueError(
-                    f'CudaGraphsHook: {name} has buffers ({buffers[0]}), which a capture would change'
-                )
-            if not isinstance(module.forward, _Graphed):
+                why = 'the model has no such module'
+            elif buffers := [key for key, _ in module.named_buffers()]:
+                why = f'it has buffers ({buffers[0]}), which a capture would change'
+            if why:
+                runner.logger.warning(f'CudaGraphsHook: no graphs of {name}: {why}')
+            elif not isinstance(module.forward, _Graphed):
                 module.forward = _Graphed(module, self.limit)
 
     def after_run(self, runner: Runner) -> None:

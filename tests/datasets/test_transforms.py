@@ -91,6 +91,14 @@ def test_broken_masks_are_ignored_as_mmdet_does():
     assert not ours['gt_masks'].to_ndarray()[[0, 3]].any()
 
 
+@pytest.mark.parametrize('mask', [{}, {'size': [80, 90]}, {'size': [80, 90], 'counts': None}])
+def test_ignored_masks_that_are_none_are_empty(mask):
+    ours = load([*POLYGONS, instance(mask, [0, 0, 9, 9], 1)])
+    theirs = load([*POLYGONS, instance(mask, [0, 0, 9, 9], 1)], 'LoadAnnotations')
+    assert ours['gt_ignore_flags'].tolist() == theirs['gt_ignore_flags'].tolist()
+    assert isinstance(ours['gt_masks'], PolygonMasks) and not ours['gt_masks'].to_ndarray()[-1].any()
+
+
 def test_the_transform_decides():
     with pytest.raises(TypeError, match='poly2mask'):
         build(type='mmvig.LoadAnnotations', poly2mask=True)

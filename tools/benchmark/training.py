@@ -540,8 +540,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_models(args: argparse.Namespace) -> list[tuple[str, Config]]:
-    """Names and configs, ours first.
+def read_models(args: argparse.Namespace, folder: str) -> list[tuple[str, Config]]:
+    """Names and configs, ours first; runs log into a folder.
 
     Raises:
         SetupError: An argument or the config does not fit, or data is missing.
@@ -565,28 +565,29 @@ def read_models(args: argparse.Namespace) -> list[tuple[str, Config]]:
     for name, cfg in models:
         if not name.endswith(OWN_LOOP) and args.amp != 'none':
             use_amp(cfg, args.amp)
-        cfg.work_dir = tempfile.mkdtemp(prefix='mmvig-benchmark-')
+        cfg.work_dir = tempfile.mkdtemp(dir=folder)
     return models
 
 
 def main() -> None:
     """Run the models in turns, print, write."""
     args = parse_args()
-    with one_line_errors():
-        models = read_models(args)
-    if args.launcher != 'none':
-        run_ranks(models, args)
-        return
-    processes: list[Model] = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run_models(models, processes, args)
-    except KeyboardInterrupt:
-        for model in processes:
-            model.kill()
-        report([model.summary() for model in processes if model.rows], args)
-        sys.exit('interrupted: these are the figures until then')
-    report([model.summary() for model in processes], args)
+    with tempfile.TemporaryDirectory(prefix='mmvig-benchmark-', ignore_cleanup_errors=True) as folder:
+        with one_line_errors():
+            models = read_models(args, folder)
+        if args.launcher != 'none':
+            run_ranks(models, args)
+            return
+        processes: list[Model] = []
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            run_models(models, processes, args)
+        except KeyboardInterrupt:
+            for model in processes:
+                model.kill()
+            report([model.summary() for model in processes if model.rows], args)
+            sys.exit('interrupted: these are the figures until then')
+        report([model.summary() for model in processes], args)
 
 
 def run_models(models: list[tuple[str, Config]], processes: list[Model], args: argparse.Namespace) -> None:
