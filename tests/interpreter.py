@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import triton
 from triton.runtime import interpreter
 
 
 def hurry() -> None:
-    """Leave out what has no effect; to be called once."""
+    """Leave out what has no effect, in versions of Triton where that was tried; to be called once."""
+    if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 6):
+        return
     options = interpreter.interpreter_builder.options
     if getattr(options, 'sanitize_overflow', False) and not options.debug:
         # Each sum is done again in 64 bits, for an assertion that is made with `debug` alone.

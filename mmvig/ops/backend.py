@@ -11,7 +11,7 @@ def why_not_triton(operator: str, x: Tensor) -> str | None:
     """Why the Triton form of an operator cannot take inputs like ``x``, None if it can.
 
     Args:
-        operator: the package whose module ``triton`` has the kernels and registers the PyTorch operators.
+        operator: the package whose module ``op`` launches the kernels and registers the PyTorch operators.
         x: an input.
     """
     return _why_not_triton(operator, x.device.type, x.device.index, x.dtype)
