@@ -417,7 +417,7 @@ def test_threads_share_what_is_kept():
             thread.join()
     finally:
         sys.setswitchinterval(interval)
-    assert not errors and len(generator._kept) <= 64
+    assert not errors and len(generator._anchors) <= 64
 
 
 def test_no_rois():

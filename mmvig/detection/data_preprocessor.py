@@ -16,13 +16,13 @@ class DetDataPreprocessor(_DetDataPreprocessor):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._swaps, self._channel_conversion = self._channel_conversion, False
-        self._normalizes, self._enable_normalize = self._enable_normalize, False
+        self._swaps, self._normalizes = self._channel_conversion, self._enable_normalize
 
     def cast_data(self, data):
         """Move a batch to the device; the usual images are normalised, padded and stacked there."""
         data = super().cast_data(data)
         usual = isinstance(data, Mapping) and self._are_usual(data.get('inputs'))
+        # mmdet's forward(), which calls this, does what is left to do.
         self._channel_conversion = self._swaps and not usual
         self._enable_normalize = self._normalizes and not usual
         return {**data, 'inputs': self._stacked(data['inputs'])} if usual else data

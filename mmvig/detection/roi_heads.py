@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmvig.detection.task_modules import is_traced
 
-MASKS = 32
+MASKS = 32  # of whose multiples FCNMaskHead makes its batches
 
 
 class SingleRoIExtractor(_SingleRoIExtractor):

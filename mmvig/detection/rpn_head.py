@@ -67,7 +67,7 @@ class RPNHead(_RPNHead):
             numbers = torch.where(valid, numbers, -1)
         (positive, is_positive), (negative, is_negative) = self.sampler.sample_each(numbers)
 
-        scores = torch.cat([x.permute(0, 2, 3, 1).flatten(1) for x in cls_scores], 1)
+        scores = torch.cat([_rows(x, 1).flatten(1) for x in cls_scores], 1)
         scores = scores.gather(1, torch.cat([positive, negative], 1))
         found = torch.cat([is_positive, is_negative], 1)
         labels = found & (torch.arange(found.shape[1], device=found.device) < positive.shape[1])
@@ -80,15 +80,14 @@ class RPNHead(_RPNHead):
             scores.reshape(-1, 1), labels.reshape(-1, 1), weights.reshape(-1, 1), avg_factor=count
         )
 
-        deltas = torch.cat([x.permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in bbox_preds], 1)
+        deltas = torch.cat([_rows(x, 4) for x in bbox_preds], 1)
         deltas = deltas.gather(1, positive[..., None].expand(-1, -1, 4)).reshape(-1, 4)
         owners = (numbers.gather(1, positive) - 1).clamp(min=0).flatten()
         targets = self.bbox_coder.encode(anchors[positive.flatten()], objects[owners])
         is_positive = is_positive.flatten()[:, None]
         targets = torch.where(is_positive, targets, 0.0)  # what was not drawn may be infinite
         weights = is_positive.float().expand(-1, 4)
-        if type(self.loss_bbox) is L1Loss and self.loss_bbox.reduction == 'mean':
-            # L1Loss itself first waits for whether all weights are 0.
+        if type(self.loss_bbox) is L1Loss:  # it would first wait for whether all weights are 0
             loss_bbox = self.loss_bbox.loss_weight * l1_loss(deltas, targets, weights, avg_factor=count)
         else:
             loss_bbox = self.loss_bbox(deltas, targets, weights, avg_factor=count)
@@ -127,8 +126,8 @@ class RPNHead(_RPNHead):
         anchors = self.prior_generator.grid_priors(sizes, device=device)
         scores, deltas, priors = [], [], []
         for own_scores, own_deltas, own in zip(cls_scores, bbox_preds, anchors, strict=True):
-            own_scores = own_scores.permute(0, 2, 3, 1).flatten(1).sigmoid()
-            own_deltas = own_deltas.permute(0, 2, 3, 1).reshape(images, -1, 4)
+            own_scores = _rows(own_scores, 1).flatten(1).sigmoid()
+            own_deltas = _rows(own_deltas, 4)
             own = own.expand(images, -1, 4)
             if 0 < most < own_scores.shape[1]:
                 own_scores, places = own_scores.sort(descending=True)
@@ -197,3 +196,8 @@ class RPNHead(_RPNHead):
             (counts, device),
             lambda: torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(counts)]),
         )
+
+
+def _rows(maps: Tensor, width: int) -> Tensor:
+    """Maps ``[B, A * width, H, W]`` in the order of anchors, ``[B, H * W * A, width]``."""
+    return maps.permute(0, 2, 3, 1).reshape(len(maps), -1, width)

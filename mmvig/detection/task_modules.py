@@ -17,7 +17,7 @@ from torch import Tensor
 from mmvig.ops.plain import is_watched
 from mmvig.registry import TASK_UTILS
 
-MOST_SIZES = 64  # of which an AnchorGenerator keeps anchors
+MOST_SIZES = 64  # keys of which a Kept has what was made
 
 
 class _Overlaps(BboxOverlaps2D):
@@ -172,20 +172,19 @@ class AnchorGenerator(_AnchorGenerator):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._kept = Kept()
+        self._anchors, self._flags = Kept(), Kept()
 
-    def _keep(self, make: Callable, sizes: list[tuple[int, int]], *rest) -> list[Tensor]:
-        key = (make.__name__, *map(tuple, sizes), *rest)
-        made = self._kept.made(key, lambda: make(sizes, *rest))
+    def _copies(self, kept: Kept, make: Callable, sizes: list[tuple[int, int]], *rest) -> list[Tensor]:
+        made = kept.made((*map(tuple, sizes), *rest), lambda: make(sizes, *rest))
         return [each.clone() for each in made]  # the caller's own
 
     def grid_priors(self, featmap_sizes, dtype=torch.float32, device='cuda') -> list[Tensor]:
         """Anchors of each level, ``[H * W * A, 4]``."""
-        return self._keep(super().grid_priors, featmap_sizes, dtype, device)
+        return self._copies(self._anchors, super().grid_priors, featmap_sizes, dtype, device)
 
     def valid_flags(self, featmap_sizes, pad_shape, device='cuda') -> list[Tensor]:
         """Whether each level's anchors are within the picture, ``[H * W * A]``."""
-        return self._keep(super().valid_flags, featmap_sizes, tuple(pad_shape), device)
+        return self._copies(self._flags, super().valid_flags, featmap_sizes, tuple(pad_shape), device)
 
 
 @TASK_UTILS.register_module()
