@@ -37,7 +37,7 @@ def rebuilt(node, tensors: Iterator[Tensor]):
 
 def autocast_dtype() -> torch.dtype | None:
     """What autocast computes in on a GPU; None where it is off."""
-    return torch.getautocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
+    return torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
 
 
 class State:
