@@ -228,12 +228,12 @@ class Policy:
             raise torch.cuda.OutOfMemoryError('out of memory')
         return FakeGraph(*args)
 
-    def call(self, times, size=1):
+    def call(self, times, size=1, settings=()):
         """'e', 'c' or 'r' for each call: the first letters of what it was counted as."""
         log = ''
         for _ in range(times):
             before = self.graphs.counts.copy()
-            self.graphs.run(self.model, lambda x: (x,), torch.zeros(size))
+            self.graphs.run(self.model, lambda x: (x,), torch.zeros(size), settings=settings)
             ((_, outcome),) = self.graphs.counts - before
             log += outcome[0]
         return log
@@ -244,6 +244,12 @@ def policy(monkeypatch):
     return Policy(monkeypatch)
 
 
+def test_kinds_differ_by_autocast(monkeypatch):
+    assert capture.autocast_dtype() is None
+    monkeypatch.setattr(torch, 'is_autocast_enabled', lambda device: device == 'cuda')
+    assert capture.autocast_dtype() is torch.get_autocast_dtype('cuda')
+
+
 def test_each_kind_is_captured_when_it_has_come_often_enough(policy):
     assert policy.call(CALLS + 2) == 'e' * (CALLS - 1) + 'crr'
     log = {size: '' for size in (2, 3, 4)}
@@ -251,11 +257,12 @@ def test_each_kind_is_captured_when_it_has_come_often_enough(policy):
         for size in log:
             log[size] += policy.call(1, size)
     assert set(log.values()) == {'e' * (CALLS - 1) + 'cr'}
+    assert policy.call(CALLS + 1, settings=('other',)) == 'e' * (CALLS - 1) + 'cr'
     with torch.no_grad():  # validation has a graph of its own
         assert policy.call(CALLS, 4)[-1] == 'c'
     assert policy.call(1) == policy.call(1, 4) == 'r'
     assert policy.graphs.counts[(4,), 'capture'] == 2
-    assert summary(policy.graphs) == '7 of 27 passes replayed, 5 captured, 15 eager; 4 sizes'
+    assert summary(policy.graphs) == '8 of 32 passes replayed, 6 captured, 18 eager; 4 sizes'
     assert len({graph.pool for graph in policy.graphs._graphs.values()}) == 1
 
 
@@ -444,6 +451,37 @@ def test_training_equals_eager(family, dtype, deterministic):
         change_weights(plain)
     assert not model.calls
     assert_same(model.parameters(), plain.parameters())
+
+
+def test_places_are_not_filled(monkeypatch):
+    deterministic, empty_like, seen = torch.utils.deterministic, torch.empty_like, []
+
+    def noted(x):
+        seen.append(deterministic.fill_uninitialized_memory)
+        return empty_like(x)
+
+    monkeypatch.setattr(torch, 'empty_like', noted)
+    for before in (True, False):
+        monkeypatch.setattr(deterministic, 'fill_uninitialized_memory', before)
+        capture._places([torch.zeros(1)])
+        assert deterministic.fill_uninitialized_memory == before
+    assert seen == [False, False]
+
+
+@gpu
+def test_training_in_deterministic_mode():
+    """There PyTorch fills new memory with NaN, also at each replay."""
+    model, plain = make(), make(cuda_graphs=0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for step in range(CALLS + 2):
+            x = images(step)
+            assert_same(train_step(model, x), train_step(plain, x))
+            assert_same(gradients(model), gradients(plain))
+            assert_same(infer(model, x), infer(plain, x))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert model.graphs.outcomes()['replay'] == 4
 
 
 @gpu

@@ -141,6 +141,20 @@ def _alias(x: Tensor) -> Tensor:
     return flat.as_strided(x.shape, x.stride())
 
 
+def _places(tensors: list[Tensor]) -> list[Tensor]:
+    """Memory for copies of the same shapes, of which a capture records no write.
+
+    In PyTorch's deterministic mode it would: a replay would then fill in NaN what has been copied there.
+    """
+    deterministic = torch.utils.deterministic
+    before = deterministic.fill_uninitialized_memory
+    deterministic.fill_uninitialized_memory = False
+    try:
+        return list(map(torch.empty_like, tensors))
+    finally:
+        deterministic.fill_uninitialized_memory = before
+
+
 class _Body(nn.Module):
     """What is captured, as a module for ``torch.func.functional_call``."""
 
@@ -229,7 +243,10 @@ class Graph:
         self._parameters, self._leaves = ([pair[i] for pair in learning] for i in range(2))
         self._forward = torch.cuda.CUDAGraph()
         with capture(self._forward):
-            inputs = [torch.empty_like(x).requires_grad_(x.requires_grad and self.learns) for x in tensors]
+            inputs = [
+                place.requires_grad_(x.requires_grad and self.learns)
+                for place, x in zip(_places(tensors), tensors, strict=True)
+            ]
             outputs = torch.func.functional_call(body, self._weights, tuple(inputs))
             flat_outputs = list(tensors_of(outputs))
         self._outputs_nesting = rebuilt(outputs, iter([torch.empty(0)] * len(flat_outputs)))
@@ -243,7 +260,7 @@ class Graph:
             learning_inputs = [x for x in inputs if x.requires_grad]
             leaves = self._leaves
             with capture(self._backward):
-                given = [torch.empty_like(y) for y in learning_outputs]
+                given = _places(learning_outputs)
                 found = torch.autograd.grad(
                     learning_outputs, leaves + learning_inputs, given, allow_unused=True
                 )
