@@ -20,6 +20,9 @@ from mmengine.registry import MODELS, TASK_UTILS
 from mmengine.structures import InstanceData
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmvig.cuda_graphs import CALLS
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 RPN = dict(pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=0.3, match_low_quality=True)
@@ -310,6 +313,153 @@ def test_losses_of_few_anchors():
     grads = rpn_losses(ours)[1]
     drawn = sum(int((x != 0).sum()) for x in grads[:5])
     assert drawn == 2 * 256
+
+
+def rpn(device='cpu', cuda_graphs='auto', **options):
+    options = {
+        **MODEL.rpn_head,
+        'train_cfg': copy.deepcopy(MODEL.train_cfg.rpn),
+        'test_cfg': MODEL.test_cfg.rpn,
+        'cuda_graphs': cuda_graphs,
+        'in_channels': 16,
+        'feat_channels': 16,
+        **options,
+    }
+    torch.manual_seed(0)
+    head = MODELS.build(options)
+    head.init_weights()
+    return head.to(device)
+
+
+def rpn_input(seed=0, width=40, device='cpu', counts=(3, 7)):
+    """The neck's maps, and pictures with objects."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(26 >> i, width >> i) for i in range(5)]
+    maps = [torch.randn(2, 16, *size, generator=generator).to(device).requires_grad_() for size in sizes]
+    samples = []
+    for count, shape in zip(counts, ((104, 4 * width - 3), (90, 4 * width)), strict=True):
+        meta = {'img_shape': shape, 'pad_shape': (104, 4 * width)}
+        truth = InstanceData(bboxes=boxes(count, generator, 120).to(device))
+        truth.labels = torch.zeros(count, dtype=torch.long, device=device)
+        samples.append(DetDataSample(metainfo=meta, gt_instances=truth))
+    return maps, samples
+
+
+def rpn_step(head, maps, samples, call='loss_and_predict'):
+    """Losses, gradients and proposals, as one list."""
+    torch.manual_seed(0)
+    if call == 'parts':  # as mmdet calls them
+        outputs = head(maps)
+        truth, metas = [each.gt_instances for each in samples], [each.metainfo for each in samples]
+        losses = head.loss_by_feat(*outputs, truth, metas)
+        found = head.predict_by_feat(*outputs, batch_img_metas=metas)
+    else:
+        losses, found = head.loss_and_predict(maps, samples)
+    losses = [value for values in losses.values() for value in values]
+    grads = torch.autograd.grad(sum(losses), [*maps, *head.parameters()])
+    return [*losses, *grads, *(x for each in found for x in (each.bboxes, each.scores, each.labels))]
+
+
+@pytest.mark.parametrize('counts', [(3, 7), (1, 0)])
+def test_rpn_in_one_call(counts):
+    head = rpn()
+    maps, samples = rpn_input(counts=counts)
+    assert_close(rpn_step(head, maps, samples), rpn_step(head, maps, samples, 'parts'), rtol=0, atol=0)
+    with torch.no_grad():
+        outputs, metas = head(maps), [each.metainfo for each in samples]
+        found = head.predict(maps, samples), head.predict_by_feat(*outputs, batch_img_metas=metas)
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual.bboxes, expected.bboxes, rtol=0, atol=0)
+        assert_close(actual.scores, expected.scores, rtol=0, atol=0)
+
+
+class Waits(TorchDispatchMode):
+    """Refuses what waits for a GPU, or copies to it: a capture could not have it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        names = ('_local_scalar_dense', 'nonzero', 'unique', 'masked_select', 'lift_fresh', 'equal.')
+        assert not any(name in str(function) for name in names), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('learns', [True, False])
+def test_what_rpn_captures_does_not_wait(learns, monkeypatch):
+    head = rpn()
+    maps, samples = rpn_input()
+    run = head.graphs.run
+    calls = []
+
+    def watched(module, call, *inputs, settings):
+        calls.append(call)
+        monkeypatch.setattr('mmvig.detection.task_modules.is_captured', lambda: True)
+        with Waits():
+            call(*inputs)
+        return run(module, call, *inputs, settings=settings)
+
+    monkeypatch.setattr('mmvig.detection.task_modules.is_traced', lambda: False)  # it takes a mode for one
+    monkeypatch.setattr(head.graphs, 'run', watched)
+    if learns:
+        head.loss_and_predict(maps, samples)
+    else:
+        head.predict(maps, samples)
+    assert calls
+
+
+def test_what_rpn_captures_depends_on_its_settings():
+    head, seen = rpn(), []
+    head.graphs.run = lambda module, call, *inputs, settings: [seen.append(settings), call(*inputs)][1]
+    maps, samples = rpn_input()
+
+    for part, name, value in (
+        (vars(head.bbox_coder), 'means', (0.1, 0.0, 0.0, 0.0)),
+        (vars(head.loss_bbox), 'loss_weight', 2.0),
+        (vars(head.loss_cls), 'loss_weight', 2.0),
+        (head.train_cfg, 'pos_weight', 0.5),
+        (head.test_cfg, 'nms_pre', 50),
+        (head.test_cfg, 'min_bbox_size', 3),
+    ):
+        head.loss_and_predict(maps, samples)
+        part[name] = value
+        head.loss_and_predict(maps, samples)
+    assert len(set(seen)) == 7
+
+
+@pytest.mark.parametrize('watch', ['hook', 'forward'])
+def test_who_watches_rpn_is_called(watch):
+    head, calls = rpn(), []
+    maps, samples = rpn_input()
+    expected = rpn_step(head, maps, samples)
+    if watch == 'hook':
+        head.register_forward_hook(lambda *_: calls.append(0))
+    else:
+        forward = head.forward
+        head.forward = lambda x: [calls.append(0), forward(x)][1]
+    assert_close(rpn_step(head, maps, samples), expected, rtol=0, atol=0)
+    head.predict(maps, samples)
+    assert len(calls) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+def test_rpn_as_graphs(dtype, monkeypatch):
+    """Bit for bit as without, at changing sizes, numbers of objects and shapes, learning and not."""
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    head, plain = rpn('cuda'), rpn('cuda', cuda_graphs=0)
+    try:
+        with torch.autocast('cuda', dtype, enabled=dtype is not None):
+            for step in range(3 * CALLS):
+                inputs = rpn_input(step, 40 - 8 * (step % 2), 'cuda', counts=(1 + step, 2))
+                assert_close(rpn_step(head, *inputs), rpn_step(plain, *inputs), rtol=0, atol=0)
+                with torch.no_grad():
+                    found = [each.predict(*inputs) for each in (head, plain)]
+                for actual, expected in zip(*found, strict=True):
+                    assert_close(actual.bboxes, expected.bboxes, rtol=0, atol=0)
+                    assert_close(actual.scores, expected.scores, rtol=0, atol=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert head.graphs.outcomes() == {'eager': 4 * (CALLS - 1), 'capture': 4, 'replay': 2 * CALLS}
+    assert not plain.graphs.outcomes()
 
 
 def extracted(extractor, dtype=None, **options):

@@ -10,4 +10,4 @@ visualizer = dict(type='DetLocalVisualizer', vis_backends={{_base_.vis_backends}
 log_processor = dict(type='LogProcessor', window_size=50, by_epoch=True)
 tta_model = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
 # The backbone has CUDA graphs of its own.
-custom_hooks = [dict(type='mmvig.CudaGraphsHook', modules=['neck', 'rpn_head', 'roi_head.mask_head'])]
+custom_hooks = [dict(type='mmvig.CudaGraphsHook', modules=['neck', 'roi_head.mask_head'])]

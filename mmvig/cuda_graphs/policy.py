@@ -23,12 +23,12 @@ class CudaGraphs:
     """The graphs of one module, one for each kind of input; a copied or unpickled one starts with none.
 
     A kind is shape, dtype, training mode, whether gradients are recorded and inputs get one, autocast's
-    dtype, PyTorch's settings of precision, and thread and stream. A kind is captured when it comes for the
-    :data:`CALLS`-th time, and replayed from then on. All graphs of a thread and stream share one pool of
-    memory, as large as the largest needs. If there are as many as there may be, the one that is used least
-    goes, once another kind comes twice as often. Where captures turn out to be in vain, kinds must come
-    more often. With 'auto', all graphs go while memory is short, and there are none from a capture on that
-    fails, which is logged. Any other call runs as without graphs, and so does
+    dtype, PyTorch's settings of precision, the caller's settings, and thread and stream. A kind is captured
+    when it comes for the :data:`CALLS`-th time, and replayed from then on. All graphs of a thread and
+    stream share one pool of memory, as large as the largest needs. If there are as many as there may be,
+    the one that is used least goes, once another kind comes twice as often. Where captures turn out to be
+    in vain, kinds must come more often. With 'auto', all graphs go while memory is short, and there are
+    none from a capture on that fails, which is logged. Any other call runs as without graphs, and so does
 
     - one before the backward pass of the last replay, unless the outputs of that are gone;
     - one with hooks on submodules or of saved tensors, in anomaly mode, on a CPU, in torch.compile, a
@@ -81,7 +81,7 @@ class CudaGraphs:
             total[outcome] += count
         return total
 
-    def run(self, module: nn.Module, call: Callable, *inputs):
+    def run(self, module: nn.Module, call: Callable, *inputs, settings: tuple = ()):
         """``call(*inputs)``, replayed where that gives the same.
 
         Args:
@@ -89,6 +89,7 @@ class CudaGraphs:
             call: a function of tensors alone, nested in tuples and lists, and of the module; so are its
                 outputs.
             inputs: its arguments.
+            settings: what else ``call`` depends on, hashable. Default: nothing.
         """
         # The first two in this order: torch.compile must meet nothing else.
         if not self.limit or torch.compiler.is_compiling():
@@ -96,7 +97,7 @@ class CudaGraphs:
         tensors = list(tensors_of(inputs))
         if not tensors or not all(map(_is_plain, tensors)):
             return call(*inputs)
-        kind = _kind_of(module, tensors)
+        kind = *_kind_of(module, tensors), settings
         size = tuple(tensors[0].shape)
         graph, outcome = self._graphs.get(kind), 'replay'
         is_watched = graph is not None and graph.state.is_watched()

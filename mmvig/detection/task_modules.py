@@ -148,7 +148,7 @@ class Kept(dict):
 
     def made(self, key: tuple, make: Callable):
         """What ``make()`` has returned for this key, or returns now."""
-        if is_traced():  # what is made now belongs to the trace
+        if is_traced() or is_captured():  # what is made now belongs to the trace, or the graph's memory
             return make()
         found = self.get(key)
         if found is None:
@@ -164,6 +164,11 @@ class Kept(dict):
 def is_traced() -> bool:
     """Whether a compiler, tracer or exporter looks on, for which sizes must stay open."""
     return torch.compiler.is_compiling() or is_watched() or torch.onnx.is_in_onnx_export()
+
+
+def is_captured() -> bool:
+    """Whether a CUDA graph is being captured, which may outlive what it reads."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @TASK_UTILS.register_module()
@@ -198,7 +203,10 @@ class DeltaXYWHBBoxCoder(_DeltaXYWHBBoxCoder):
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return self._kept.made(
             (like.device, like.dtype, *self.means, *self.stds),
-            lambda: (like.new_tensor(self.means), like.new_tensor(self.stds)),
+            lambda: tuple(
+                torch.stack([like.new_full((), value) for value in values])  # without a wait
+                for values in (self.means, self.stds)
+            ),
         )
 
     def encode(self, bboxes: Tensor, gt_bboxes: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ class CudaGraphsHook(Hook):
     Args:
         modules: names of submodules, such as 'neck' or 'roi_head.mask_head', whose ``forward`` takes and
             returns tensors, alone or nested in tuples and lists, and depends on nothing else. Our backbones
-            have graphs of their own. One that the model does not have, or that has buffers, as BatchNorm's
-            statistics, which a capture would change, runs without graphs, and a warning says so. Default:
-            none.
+            and RPNHead have graphs of their own, and are left alone. One that the model does not have, or
+            that has buffers, as BatchNorm's statistics, which a capture would change, runs without graphs,
+            and a warning says so. Default: none.
         limit: of :class:`mmvig.cuda_graphs.CudaGraphs`. Default: 'auto'.
     """
 
@@ -41,15 +41,19 @@ class CudaGraphsHook(Hook):
                 why = f'it has buffers ({buffers[0]}), which a capture would change'
             if why:
                 runner.logger.warning(f'CudaGraphsHook: no graphs of {name}: {why}')
-            elif not isinstance(module.forward, _Graphed):
+            elif not isinstance(_graphs_of(module), CudaGraphs):
                 module.forward = _Graphed(module, self.limit)
 
     def after_run(self, runner: Runner) -> None:
         """Log what became of the graphs."""
         for name, module in _unwrapped(runner.model).named_modules():
-            graphs = getattr(module.__dict__.get('forward', module), 'graphs', None)
+            graphs = _graphs_of(module)
             if isinstance(graphs, CudaGraphs) and graphs.counts:
                 runner.logger.info(f'CUDA graphs of {name}: {summary(graphs)}')
+
+
+def _graphs_of(module: nn.Module) -> object:
+    return getattr(module.__dict__.get('forward', module), 'graphs', None)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
