@@ -4,9 +4,9 @@
     python tools/benchmark/training.py CONFIG --peers swin convnext --inference
     torchrun --nproc-per-node 2 tools/benchmark/training.py CONFIG --launcher pytorch
 
-Each model has a process of its own. They take turns: one runs ``--turn`` iterations while the others wait,
-so that all meet the same moods of the host. A turn's first ``--skip`` iterations are not timed, since its
-data were loaded while the process waited.
+Each model has a process of its own. After a warm-up side by side they take turns: one runs ``--turn``
+iterations while the others wait, so that all meet the same moods of the host. A turn's first ``--skip``
+iterations are not timed, since its data were loaded while the process waited.
 
 A peer runs twice: ``(own loop)`` trains as the configs of mmdet and mmseg do it (AdamW in one group a
 parameter, float16 with a loss scaler, bitmaps as masks, two workers), the other with everything that this
@@ -399,6 +399,8 @@ class Model:
 
     def receive(self) -> list[dict]:
         """The rows of the turn that ends; none if the model has failed."""
+        if 'failed' in self.facts:
+            return []
         try:
             facts = self.pipe.recv()
         except EOFError:
@@ -406,16 +408,19 @@ class Model:
         self.facts |= facts
         return facts.get('rows', [])
 
+    def start(self, iterations: int) -> None:
+        """Begin a turn, which :meth:`receive` ends."""
+        if 'failed' not in self.facts:
+            self.pipe.send(iterations)
+
     def turn(self, iterations: int) -> list[dict]:
         """Run a turn; its rows."""
-        if 'failed' in self.facts:
-            return []
-        self.pipe.send(iterations)
+        self.start(iterations)
         return self.receive()
 
-    def warm(self, iterations: int) -> None:
-        """Run what is not timed, and note where counters stand."""
-        self.turn(iterations)
+    def warmed(self) -> None:
+        """Wait for the end of what is not timed, and note where counters stand."""
+        self.receive()
         self.passes = self.facts.get('passes')
 
     def measure(self, iterations: int, skip: int) -> None:
@@ -595,11 +600,14 @@ def run_models(models: list[tuple[str, Config]], processes: list[Model], args: a
     for name, cfg in models:  # one after the other, so that each one's first iteration is its own
         processes.append(Model(name, cfg, args.inference))
         processes[-1].receive()
+    for model in processes:  # side by side
+        model.start(args.warm_up)
     for model in processes:
-        model.warm(args.warm_up)
+        model.warmed()
     for _ in range(-(-args.iterations // args.turn)):
         for model in processes:
             model.measure(args.turn, args.skip)
+        write([model.summary() for model in processes], args)  # what is lost if the next turn never ends
     for model in processes:
         model.turn(-1)
         model.end()
@@ -631,15 +639,19 @@ def run_ranks(models: list[tuple[str, Config]], args: argparse.Namespace) -> Non
     torch.distributed.destroy_process_group()
 
 
+def write(rows: list[dict], args: argparse.Namespace) -> None:
+    """Write training.json."""
+    packages = ('mmengine', 'mmcv', 'mmdet', 'mmseg')
+    content = machine('cuda' if torch.cuda.is_available() else 'cpu', packages)
+    save({**content, 'command': sys.argv[1:], 'rows': rows}, args.out / 'training.json')
+
+
 def report(rows: list[dict], args: argparse.Namespace) -> None:
     """Print and write what was found; exit with status 1 if a model failed, or there is nothing."""
     if not rows:
         sys.exit('interrupted before anything was timed')
     show(rows)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    packages = ('mmengine', 'mmcv', 'mmdet', 'mmseg')
-    content = {**machine(device, packages), 'command': sys.argv[1:], 'rows': rows}
-    save(content, args.out / 'training.json')
+    write(rows, args)
     draw(rows, args.out / 'training.png')
     print(args.out / 'training.json')
     if any(row['status'] != 'ok' for row in rows):
