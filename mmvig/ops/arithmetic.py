@@ -1,5 +1,10 @@
 """What several kernels compute, in the fewest instructions.
 
+Kernels have flash-linear-attention's names. Sizes: B images, T tokens of an image, H heads, K and V their
+widths, C channels, D the width inside SwiGLU, M rows of a matrix, R a rank. BX is a program's block of X,
+NX the number of its blocks. i_ are numbers of blocks, o_ offsets, m_ masks, s_ strides, p_ pointers, and b_
+blocks in registers, with their shapes beside loads and products. USE_X: whether there is an X.
+
 Importing this module imports Triton.
 """
 

@@ -50,13 +50,13 @@ from mmvig.ops.bigla.plan import (
 from mmvig.ops.launch import Constants, ceil_div, empty_like_each, launch, multiprocessors
 
 NORMALIZER = 16.0
-INTS = [*SHARED_INTS, *(f's_{x}{axis}' for x in ('g', 'dg') for axis in 'bnh')]
+INTS = [*SHARED_INTS, *(f's_{x}{axis}' for x in ('g', 'dg') for axis in 'bth')]
 
 
 @triton.jit(do_not_specialize=INTS)
 def states_kernel(
-    p_q, p_k, p_v, p_g, p_o, p_state, p_sum, p_table, N, H, n_states,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh, s_ob, s_on, s_oh, CH, scale,
+    p_q, p_k, p_v, p_g, p_o, p_state, p_sum, p_table, T, H, n_states,
+    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_gb, s_gt, s_gh, s_ob, s_ot, s_oh, CH, scale,
     inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, NC: tl.constexpr,
@@ -68,13 +68,13 @@ def states_kernel(
     state 1 = sum_t (decay from the start to t * q_t) do_t^T, BACKWARD, where a segment is a chunk (NC = 1)
     """
     if SAME:
-        s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
+        s_kb, s_kt, s_kh = s_qb, s_qt, s_qh
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(1) % NV
     i_h = (tl.program_id(1) // NV).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     i_bh = i_b * H + i_h
-    n_chunks = tl.cdiv(N, BT)
+    n_chunks = tl.cdiv(T, BT)
     n_segments = tl.cdiv(n_chunks, NC)
     every = tl.num_programs(2).to(tl.int64) * H * n_chunks
     p_q += (i_b * s_qb + i_h * s_qh) * UNIT
@@ -91,9 +91,9 @@ def states_kernel(
     s1 = nothing
     first = tl.program_id(0) * CH
     for i_c in range(first * NC, tl.minimum(first + CH, n_segments) * NC):
-        ld, _ = load_gates(p_g, i_c, N, s_gn, inv, K, BT, BK, UNIT, MODE)
-        k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-        v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+        ld, _ = load_gates(p_g, i_c, T, s_gt, inv, K, BT, BK, UNIT, MODE)
+        k = load_tile(p_k, i_c, 0, T, s_kt, 0.0, K, BT, BK, UNIT).to(tl.float32)
+        v = load_tile(p_v, i_c, i_v, T, s_vt, 0.0, V, BT, BV, UNIT)
         k = tf32_ready(k, PAIR_MODE)
         total = whole_sum(ld, MODE)
         if i_v == 0:  # noqa: SIM102  the two do not combine: Triton has no lazy `and`
@@ -106,9 +106,9 @@ def states_kernel(
             s0 *= tl.exp2(total)[:, None]
         s0 = add_tokens(k, v, ld, after, s0, MODE, PAIR_MODE, ONE_WARP)
         if BACKWARD:
-            q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+            q = load_tile(p_q, i_c, 0, T, s_qt, 0.0, K, BT, BK, UNIT).to(tl.float32)
             q = tf32_ready(q * scale, PAIR_MODE)
-            do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
+            do = load_tile(p_o, i_c, i_v, T, s_ot, 0.0, V, BT, BV, UNIT)
             s1 = add_tokens(q, do, ld, up_to, nothing, MODE, PAIR_MODE, ONE_WARP)
         if i_c % NC == NC - 1:
             i_state = i_bh * n_segments + i_c // NC
@@ -119,8 +119,8 @@ def states_kernel(
 
 @triton.jit(do_not_specialize=INTS)
 def output_kernel(
-    p_q, p_k, p_v, p_g, p_o, p_state, p_sum, p_table, N, H, n_states,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh, s_ob, s_on, s_oh, CH, scale,
+    p_q, p_k, p_v, p_g, p_o, p_state, p_sum, p_table, T, H, n_states,
+    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_gb, s_gt, s_gh, s_ob, s_ot, s_oh, CH, scale,
     inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr, PAIR_MODE: tl.constexpr, NC: tl.constexpr,
@@ -132,7 +132,7 @@ def output_kernel(
     carried on to the chunk. ALONE: each sequence is one chunk, which no state enters.
     """
     if SAME:
-        s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
+        s_kb, s_kt, s_kh = s_qb, s_qt, s_qh
     SHUFFLE: tl.constexpr = PAIR_MODE == 'tf32'
     SPLIT: tl.constexpr = MODE == 'tf32'  # float16 has as many digits as tf32
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -140,7 +140,7 @@ def output_kernel(
     i_h = (tl.program_id(1) // NV).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     i_bh = i_b * H + i_h
-    n_chunks = tl.cdiv(N, BT)
+    n_chunks = tl.cdiv(T, BT)
     n_segments = tl.cdiv(n_chunks, NC)
     p_q += (i_b * s_qb + i_h * s_qh) * UNIT
     p_k += (i_b * s_kb + i_h * s_kh) * UNIT
@@ -164,10 +164,10 @@ def output_kernel(
                 place = place_of(p_state, i_state - 1, K, V)
             state = load_state(place, there, i_v, K, V, BK, BV, SHUFFLE)
             half = load_half_decay(p_sum, i_c, K, BK, SHUFFLE)
-        ld, _ = load_gates(p_g, i_c, N, s_gn, inv, K, BT, BK, UNIT, MODE)
-        q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-        k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-        v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
+        ld, _ = load_gates(p_g, i_c, T, s_gt, inv, K, BT, BK, UNIT, MODE)
+        q = load_tile(p_q, i_c, 0, T, s_qt, 0.0, K, BT, BK, UNIT).to(tl.float32)
+        k = load_tile(p_k, i_c, 0, T, s_kt, 0.0, K, BT, BK, UNIT).to(tl.float32)
+        v = load_tile(p_v, i_c, i_v, T, s_vt, 0.0, V, BT, BV, UNIT)
         q *= scale
         u = tile_sum(table, ld, MODE)  # decays from the chunk's middle to the token
         if SWAP:
@@ -193,31 +193,31 @@ def output_kernel(
             if NC > 1:
                 for j in range(i_c // NC * NC, i_c):
                     state = state_after(
-                        state, j, i_v, p_k, p_v, p_g, p_table, N, s_kn, s_vn, s_gn, inv, K, V, BT, BK, BV,
+                        state, j, i_v, p_k, p_v, p_g, p_table, T, s_kt, s_vt, s_gt, inv, K, V, BT, BK, BV,
                         UNIT, MODE, SHUFFLE, False,
                     )  # fmt: skip
             o = product(x, state * tf32_ready(half, PAIR_MODE)[:, None], o, PAIR_MODE)
-        store_tile(p_o, o, i_c, i_v, N, s_on, V, BT, BV, UNIT)
+        store_tile(p_o, o, i_c, i_v, T, s_ot, V, BT, BV, UNIT)
 
 
 @triton.jit(do_not_specialize=INTS)
 def gradient_kernel(
-    p_q, p_k, p_v, p_g, p_o, p_dq, p_dk, p_dg, p_state, p_sum, p_table, p_up_to, p_mask, N, H, n_states,
-    s_qb, s_qn, s_qh, s_kb, s_kn, s_kh, s_vb, s_vn, s_vh, s_gb, s_gn, s_gh, s_ob, s_on, s_oh, s_dqb, s_dqn,
-    s_dqh, s_dkb, s_dkn, s_dkh, s_dgb, s_dgn, s_dgh, CH, scale, inv,
+    p_q, p_k, p_v, p_g, p_o, p_dq, p_dk, p_dg, p_state, p_sum, p_table, p_up_to, p_mask, T, H, n_states,
+    s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, s_gb, s_gt, s_gh, s_ob, s_ot, s_oh, s_dqb, s_dqt,
+    s_dqh, s_dkb, s_dkt, s_dkh, s_dgb, s_dgt, s_dgh, CH, scale, inv,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """dq, dk and the gate's gradient from the inputs, do and the entering states."""
     if SAME:
-        s_kb, s_kn, s_kh = s_qb, s_qn, s_qh
-        s_dqb, s_dqn, s_dqh = s_qb, s_qn, s_qh
-        s_dkb, s_dkn, s_dkh = s_qb, s_qn, s_qh
-        s_dgb, s_dgn, s_dgh = s_gb, s_gn, s_gh
+        s_kb, s_kt, s_kh = s_qb, s_qt, s_qh
+        s_dqb, s_dqt, s_dqh = s_qb, s_qt, s_qh
+        s_dkb, s_dkt, s_dkh = s_qb, s_qt, s_qh
+        s_dgb, s_dgt, s_dgh = s_gb, s_gt, s_gh
     i_h = tl.program_id(1).to(tl.int64)
     i_b = tl.program_id(2).to(tl.int64)
     i_bh = i_b * H + i_h
-    n_chunks = tl.cdiv(N, BT)
+    n_chunks = tl.cdiv(T, BT)
     p_q += (i_b * s_qb + i_h * s_qh) * UNIT
     p_k += (i_b * s_kb + i_h * s_kh) * UNIT
     p_v += (i_b * s_vb + i_h * s_vh) * UNIT
@@ -235,17 +235,17 @@ def gradient_kernel(
     nothing = tl.zeros((BT, BK), tl.float32)
     first = tl.program_id(0) * CH
     for i_c in range(first, tl.minimum(first + CH, n_chunks)):
-        ld, g = load_gates(p_g, i_c, N, s_gn, inv, K, BT, BK, UNIT, MODE)
+        ld, g = load_gates(p_g, i_c, T, s_gt, inv, K, BT, BK, UNIT, MODE)
         half = load_half_decay(p_sum, i_c, K, BK)
-        v = load_tile(p_v, i_c, 0, N, s_vn, 0.0, V, BT, BV, UNIT)
-        do = load_tile(p_o, i_c, 0, N, s_on, 0.0, V, BT, BV, UNIT)
+        v = load_tile(p_v, i_c, 0, T, s_vt, 0.0, V, BT, BV, UNIT)
+        do = load_tile(p_o, i_c, 0, T, s_ot, 0.0, V, BT, BV, UNIT)
         u = tile_sum(table, ld, MODE)
         da = tl.zeros((BT, BT), tl.float32)
         da_t = tl.zeros((BT, BT), tl.float32)
         for i_v in range((V + BV - 1) // BV):
             if V > BV:
-                v = load_tile(p_v, i_c, i_v, N, s_vn, 0.0, V, BT, BV, UNIT)
-                do = load_tile(p_o, i_c, i_v, N, s_on, 0.0, V, BT, BV, UNIT)
+                v = load_tile(p_v, i_c, i_v, T, s_vt, 0.0, V, BT, BV, UNIT)
+                do = load_tile(p_o, i_c, i_v, T, s_ot, 0.0, V, BT, BV, UNIT)
             da = product(do, tl.trans(v), da, MODE)
             if not AGAIN:
                 da_t = product(v, tl.trans(do), da_t, MODE)
@@ -254,18 +254,18 @@ def gradient_kernel(
             da_t, da_t_low = tl.trans(da), tl.trans(da_low)
         else:
             da_t, da_t_low = split(da_t, MODE)
-        q = load_tile(p_q, i_c, 0, N, s_qn, 0.0, K, BT, BK, UNIT).to(tl.float32)
-        k = load_tile(p_k, i_c, 0, N, s_kn, 0.0, K, BT, BK, UNIT).to(tl.float32)
+        q = load_tile(p_q, i_c, 0, T, s_qt, 0.0, K, BT, BK, UNIT).to(tl.float32)
+        k = load_tile(p_k, i_c, 0, T, s_kt, 0.0, K, BT, BK, UNIT).to(tl.float32)
         q *= scale
         i_state = i_bh * n_chunks + i_c
         dq, dk = direction_gradients(
             nudged(q, MODE), nudged(k, MODE), v, do, g, u, half, nothing, nothing, da, da_low, da_t,
             da_t_low, p_v, p_o, p_g, p_dg, p_state, p_mask, table, up_to, past, future, i_c, i_state - 1,
-            i_c > 0, n_states + i_state + 1, i_c < n_chunks - 1, N, s_vn, s_on, s_gn, s_dgn, inv, K, V, BT,
+            i_c > 0, n_states + i_state + 1, i_c < n_chunks - 1, T, s_vt, s_ot, s_gt, s_dgt, inv, K, V, BT,
             BK, BV, UNIT, MODE, False, False, AGAIN,
         )  # fmt: skip
-        store_tile(p_dq, dq * scale, i_c, 0, N, s_dqn, K, BT, BK, UNIT)
-        store_tile(p_dk, dk, i_c, 0, N, s_dkn, K, BT, BK, UNIT)
+        store_tile(p_dq, dq * scale, i_c, 0, T, s_dqt, K, BT, BK, UNIT)
+        store_tile(p_dk, dk, i_c, 0, T, s_dkt, K, BT, BK, UNIT)
 
 
 @functools.lru_cache(maxsize=64)
@@ -317,7 +317,7 @@ class Pass:
         self.run(states_kernel, name, range(5), num_segments, NC=chunks, BACKWARD=kinds == 2)
         scan = scan_constants(self.widths, num_segments, chunks)
         launch(
-            kernels.scan_kernel, self.key, (batch * heads, ceil_div(key_dim, scan['ROWS']), kinds),
+            kernels.scan_kernel, self.key, (batch * heads, ceil_div(key_dim, scan['BK']), kinds),
             (self.state, self.sums, num_segments, n_states, self.num_chunks), scan,
         )  # fmt: skip
 

@@ -28,7 +28,7 @@ from mmvig.ops.launch import INTERPRETED, ceil_div, empty_like_each, launch
 from mmvig.ops.operator import differentiate, operator
 
 if INTERPRETED:
-    SCANS = {float('inf'): {'BW': 2, 'BR': 2, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1}}
+    SCANS = {float('inf'): {'BN': 2, 'BS': 2, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1}}
 
 
 def forward(
@@ -123,7 +123,7 @@ def make_states(
     )  # fmt: skip
     scan = scan_constants(widths, num_segments, chunks)
     launch(
-        kernels.scan_kernel, key, (batch * heads, ceil_div(key_dim, scan['ROWS']), kinds),
+        kernels.scan_kernel, key, (batch * heads, ceil_div(key_dim, scan['BK']), kinds),
         (state, sums, num_segments, n_states, num_chunks), scan,
     )  # fmt: skip
 

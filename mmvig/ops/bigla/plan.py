@@ -116,8 +116,8 @@ def constants_of(key_dim: int, value_dim: int, dtype: torch.dtype, name: str, **
 # Segments and numbers of each that a program of the scan takes at once, by how many segments there are at
 # most: few sequences are long.
 SCANS = {
-    128: {'BW': 2, 'BR': 16, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1},
-    float('inf'): {'BW': 8, 'BR': 16, 'WIDTH': 1, 'num_warps': 4, 'num_stages': 1},
+    128: {'BN': 2, 'BS': 16, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1},
+    float('inf'): {'BN': 8, 'BS': 16, 'WIDTH': 1, 'num_warps': 4, 'num_stages': 1},
 }
 # Most segments or chunks of a program, where that is not 64: short programs share the memory better.
 MAX_RUNS = {'states': 4}
@@ -175,7 +175,7 @@ def scan_constants(widths: tuple[int, int, torch.dtype], num_segments: int, chun
     most = next(most for most in SCANS if num_segments <= most)
     blocks = dict(SCANS[most])
     rows = max(1, blocks.pop('WIDTH') // plan(*widths)['scan']['BV'])
-    return constants_of(*widths, 'scan', NC=chunks, ROWS=rows, **blocks)
+    return constants_of(*widths, 'scan', NC=chunks, BK=rows, **blocks)
 
 
 def compile_key(v: Tensor, gf: Tensor, gb: Tensor, unit: int, strides: tuple[int, ...]) -> tuple:

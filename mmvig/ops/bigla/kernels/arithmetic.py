@@ -145,6 +145,6 @@ def shuffled(x):
     That is how a tf32 product wants what another product left in a thread's registers; a sum over columns
     does not mind, if both factors are shuffled.
     """
-    W: tl.constexpr = x.shape[1] // 8
-    x = tl.permute(tl.reshape(x, (x.shape[0], W, 4, 2)), (0, 1, 3, 2))
-    return tl.reshape(x, (x.shape[0], W * 8))
+    EIGHTS: tl.constexpr = x.shape[1] // 8
+    x = tl.permute(tl.reshape(x, (x.shape[0], EIGHTS, 4, 2)), (0, 1, 3, 2))
+    return tl.reshape(x, (x.shape[0], EIGHTS * 8))

@@ -20,60 +20,63 @@ BEFORE = tl.constexpr(3)  # 1 before the row's token
 FROM = tl.constexpr(4)  # 1 from the row's token on
 # Integers that differ from call to call: Triton must not compile a kernel for their values.
 INTS = [
-    *['N', 'H', 'CH', 'NS', 'n_states', 'n_sums', 'n_chunks'],
-    *(f's_{x}{axis}' for x in [*'qkvfbo', 'dq', 'dk', 'dv', 'df', 'db'] for axis in 'bnh'),
+    *['T', 'H', 'CH', 'NS', 'NT', 'n_states', 'n_sums'],
+    *(f's_{x}{axis}' for x in [*'qkvo', 'gf', 'gb'] for axis in 'bth'),
+    *(f's_d{x}{axis}' for x in [*'qkvo', 'gf', 'gb'] for axis in 'bth'),
 ]
 
 
 @triton.jit
 def load_table(p_table, i: tl.constexpr, BT: tl.constexpr):
     """Table or mask number i, [BT, BT] in its dtype."""
-    o = tl.arange(0, BT)
-    return tl.load(p_table + i * BT * BT + (o[:, None] * BT + o[None, :]))
+    o_t = tl.arange(0, BT)
+    return tl.load(p_table + i * BT * BT + (o_t[:, None] * BT + o_t[None, :]))  # [BT, BT]
 
 
 @triton.jit
-def tile_sum(table, x, MODE: tl.constexpr, TRANSPOSED: tl.constexpr = False):
-    """Sum log2 decays x [BT, BK] over tokens: table @ x; TRANSPOSED: trans(table @ x).
+def tile_sum(b_table, b_x, MODE: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """Sum log2 decays x [BT, BK] over tokens: table @ x [BT, BK]; TRANSPOSED: trans(table @ x).
 
     float16 keeps 11 digits of each: an error of 2^-12 |x| in the exponent, so of at most 2^-12 * 0.4 in any
     decay 2^x; half of a float16's last digit is kept by a second term where inputs are float16.
     """
     if TRANSPOSED:
-        x = tl.trans(x)
-        table = tl.trans(table)
+        b_x = tl.trans(b_x)
+        b_table = tl.trans(b_table)
     if MODE == 'tf32x3':
-        table = table.to(tl.float32)
-        return (
-            tl.dot(x, table, input_precision=MODE) if TRANSPOSED else tl.dot(table, x, input_precision=MODE)
+        b_table = b_table.to(tl.float32)
+        return (  # [BT, BK]
+            tl.dot(b_x, b_table, input_precision=MODE)
+            if TRANSPOSED
+            else tl.dot(b_table, b_x, input_precision=MODE)
         )
     else:
-        high = x.to(tl.float16)
-        c = tl.dot(high, table) if TRANSPOSED else tl.dot(table, high)
+        b_high = b_x.to(tl.float16)
+        b_c = tl.dot(b_high, b_table) if TRANSPOSED else tl.dot(b_table, b_high)  # [BT, BK]
         if MODE == 'tf32':
-            low = (x - high.to(tl.float32)).to(tl.float16)
-            c = tl.dot(low, table, c) if TRANSPOSED else tl.dot(table, low, c)
-        return c
+            b_low = (b_x - b_high.to(tl.float32)).to(tl.float16)
+            b_c = tl.dot(b_low, b_table, b_c) if TRANSPOSED else tl.dot(b_table, b_low, b_c)
+        return b_c
 
 
 @triton.jit
-def whole_sum(x, MODE: tl.constexpr):
+def whole_sum(b_x, MODE: tl.constexpr):
     """Sum log2 decays x [BT, BK] over all tokens as tile_sum does: [BK].
 
     By a product, which leaves it where the rows of a state [BK, BV] are; all columns are the same.
     """
-    ones = tl.full((COLUMNS, x.shape[0]), 1.0, tl.float16)
-    return tl.sum(tile_sum(ones, x, MODE, True), 1) / COLUMNS
+    b_ones = tl.full((COLUMNS, b_x.shape[0]), 1.0, tl.float16)
+    return tl.sum(tile_sum(b_ones, b_x, MODE, True), 1) / COLUMNS  # [BK, COLUMNS] -> [BK]
 
 
 @triton.jit
-def running_sum(table, x, MODE: tl.constexpr):
+def running_sum(b_table, b_x, MODE: tl.constexpr):
     """Sum any float32 x [BT, BK], in which large numbers may cancel, over tokens: table @ x."""
     if MODE == 'tf32x3' or INTERPRETED:
-        return tl.dot(table.to(tl.float32), x, input_precision='tf32x3')
+        return tl.dot(b_table.to(tl.float32), b_x, input_precision='tf32x3')  # [BT, BK]
     else:  # 16 digits of each, at any size
-        high, low = split(x, 'bf16')
-        return tl.dot(table, low, tl.dot(table, high))
+        b_high, b_low = split(b_x, 'bf16')
+        return tl.dot(b_table, b_low, tl.dot(b_table, b_high))  # [BT, BK]
 
 
 @triton.jit
@@ -84,44 +87,44 @@ def at(p, i_b, i_h, s_b, s_h, UNIT: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    p, i_c, i_d, N, s_n, other, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr
+    p, i_t, i_w, T, s_t, other, W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr
 ):
-    """Columns i_d * BD on of chunk i_c of a [N, D] matrix: [BT, BD], `other` beyond the edges."""
+    """Block i_t of tokens and i_w of columns of a [T, W] matrix; `other` beyond the edges."""
     o_t = tl.arange(0, BT)[:, None]
-    o_d = i_d * BD + tl.arange(0, BD)[None, :]
-    s_n *= UNIT
-    p += s_n.to(tl.int64) * (i_c * BT)
-    mask = i_c * BT + o_t < N
-    if D % BD != 0:
-        mask &= o_d < D
-    return tl.load(p + (o_t * s_n + o_d), mask=mask, other=other)
+    o_w = i_w * BW + tl.arange(0, BW)[None, :]
+    s_t *= UNIT
+    p += s_t.to(tl.int64) * (i_t * BT)
+    m_tw = i_t * BT + o_t < T
+    if W % BW != 0:
+        m_tw &= o_w < W
+    return tl.load(p + (o_t * s_t + o_w), mask=m_tw, other=other)  # [BT, BW]
 
 
 @triton.jit
 def store_tile(
-    p, x, i_c, i_d, N, s_n, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, UNIT: tl.constexpr,
+    p, b_x, i_t, i_w, T, s_t, W: tl.constexpr, BT: tl.constexpr, BW: tl.constexpr, UNIT: tl.constexpr,
     wanted=True,
 ):  # fmt: skip
-    """Write [BT, BD] as chunk i_c, columns i_d * BD on, of a [N, D] matrix, in its dtype, if `wanted`."""
+    """Write x [BT, BW] where load_tile() reads it, in the matrix's dtype, if `wanted`."""
     o_t = tl.arange(0, BT)[:, None]
-    o_d = i_d * BD + tl.arange(0, BD)[None, :]
-    s_n *= UNIT
-    p += s_n.to(tl.int64) * (i_c * BT)
-    mask = (i_c * BT + o_t < N) & wanted
-    if D % BD != 0:
-        mask &= o_d < D
-    tl.store(p + (o_t * s_n + o_d), x.to(p.dtype.element_ty), mask=mask)
+    o_w = i_w * BW + tl.arange(0, BW)[None, :]
+    s_t *= UNIT
+    p += s_t.to(tl.int64) * (i_t * BT)
+    m_tw = (i_t * BT + o_t < T) & wanted
+    if W % BW != 0:
+        m_tw &= o_w < W
+    tl.store(p + (o_t * s_t + o_w), b_x.to(p.dtype.element_ty), mask=m_tw)
 
 
 @triton.jit
 def load_gates(
-    p, i_c, N, s_n, inv, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
+    p, i_t, T, s_t, inv, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, UNIT: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
-    """The log2 decays of a chunk's gate logits g [BT, BK], 0 beyond the edges; and g in its dtype."""
-    g = load_tile(p, i_c, 0, N, s_n, float('inf'), K, BT, BK, UNIT)
-    ld = log2_sigmoid(g.to(tl.float32) * LOG2E, MODE) * inv
-    return tl.maximum(ld, LEAST, propagate_nan=tl.PropagateNan.ALL), g
+    """The log2 decays [BT, BK] of a chunk's gate logits, 0 beyond the edges; and these in their dtype."""
+    b_g = load_tile(p, i_t, 0, T, s_t, float('inf'), K, BT, BK, UNIT)  # [BT, BK]
+    b_ld = log2_sigmoid(b_g.to(tl.float32) * LOG2E, MODE) * inv
+    return tl.maximum(b_ld, LEAST, propagate_nan=tl.PropagateNan.ALL), b_g
 
 
 @triton.jit
@@ -141,46 +144,46 @@ def place_of(p_state, i, K: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def place_in_output(
-    p_o, p_last, i_bh, i_c, i_z, n_chunks, s_on, K: tl.constexpr, V: tl.constexpr,
+    p_o, p_last, i_bh, i_t, i_z, NT, s_ot, K: tl.constexpr, V: tl.constexpr,
     BT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """The same for what enters chunk i_c, forward (i_z = 0) or backward: in the chunk's rows of the output.
+    """The same for what enters chunk i_t, forward (i_z = 0) or backward: in the chunk's rows of the output.
 
     Those are written when the state has been read, by the same program. The last chunk may have too few
     rows: p_last [sequences, K, V] holds the only state that enters it.
     """
-    s_n = s_on * UNIT
-    last = i_c == n_chunks - 1
-    p = p_o + (i_c * BT + i_z * K).to(tl.int64) * s_n
-    return tl.where(last, p_last + i_bh.to(tl.int64) * (K * V), p), tl.where(last, V, s_n)
+    s_t = s_ot * UNIT
+    last = i_t == NT - 1
+    p = p_o + (i_t * BT + i_z * K).to(tl.int64) * s_t
+    return tl.where(last, p_last + i_bh.to(tl.int64) * (K * V), p), tl.where(last, V, s_t)
 
 
 @triton.jit
 def load_state(place, there, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     SHUFFLE: tl.constexpr,
 ):  # fmt: skip
-    """The state in a place, columns i_v * BV on, as float32 [BK, BV]; zeros unless `there`."""
+    """Block i_v of columns of the state in a place, as float32; zeros unless `there`."""
     p, s_k = place
     o_k = channels(BK, SHUFFLE)[:, None]
     o_v = i_v * BV + tl.arange(0, BV)[None, :]
-    mask = (o_k < K) & (o_v < V) & there
-    return tl.load(p + (o_k * s_k + o_v), mask=mask, other=0.0).to(tl.float32)
+    m_kv = (o_k < K) & (o_v < V) & there
+    return tl.load(p + (o_k * s_k + o_v), mask=m_kv, other=0.0).to(tl.float32)  # [BK, BV]
 
 
 @triton.jit
-def store_state(place, x, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Write the state in a place, columns i_v * BV on."""
+def store_state(place, b_x, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Write x [BK, BV] as block i_v of columns of the state in a place."""
     p, s_k = place
     o_k = tl.arange(0, BK)[:, None]
     o_v = i_v * BV + tl.arange(0, BV)[None, :]
-    tl.store(p + (o_k * s_k + o_v), x.to(p.dtype.element_ty), mask=(o_k < K) & (o_v < V))
+    tl.store(p + (o_k * s_k + o_v), b_x.to(p.dtype.element_ty), mask=(o_k < K) & (o_v < V))
 
 
 @triton.jit
 def load_sum(p_sum, i, K: tl.constexpr, BK: tl.constexpr, SHUFFLE: tl.constexpr = False):
-    """The sum of log2 decays over chunk i, [BK]."""
+    """The sum of log2 decays over chunk i."""
     o_k = channels(BK, SHUFFLE)
-    return tl.load(p_sum + i * K + o_k, mask=o_k < K, other=0.0)
+    return tl.load(p_sum + i * K + o_k, mask=o_k < K, other=0.0)  # [BK]
 
 
 @triton.jit
@@ -190,42 +193,43 @@ def load_half_decay(p_sum, i, K: tl.constexpr, BK: tl.constexpr, SHUFFLE: tl.con
 
 
 @triton.jit
-def store_sum(p_sum, x, i, K: tl.constexpr, BK: tl.constexpr):
+def store_sum(p_sum, b_x, i, K: tl.constexpr, BK: tl.constexpr):
     """Write x [BK] as the sum of log2 decays over chunk i."""
     o_k = tl.arange(0, BK)
-    tl.store(p_sum + i * K + o_k, x, mask=o_k < K)
+    tl.store(p_sum + i * K + o_k, b_x, mask=o_k < K)
 
 
 @triton.jit
-def store_row(p_sum, x, i, row: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+def store_row(p_sum, b_x, i, row: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
     """Write a row of x [BT, BK] as the sum of log2 decays over chunk i."""
     o_t = tl.arange(0, BT)[:, None]
     o_k = tl.arange(0, BK)[None, :]
-    tl.store(p_sum + i * K + (0 * o_t + o_k), x, mask=(o_t == row) & (o_k < K))
+    tl.store(p_sum + i * K + (0 * o_t + o_k), b_x, mask=(o_t == row) & (o_k < K))
 
 
 @triton.jit
-def is_strong(sum_f, sum_b, most: tl.constexpr = SPAN):
+def is_strong(b_sum_f, b_sum_b, most: tl.constexpr = SPAN):
     """Whether one of these sums of log2 decays, of either direction, is more than `most` binary orders."""
-    return tl.min(tl.minimum(sum_f, sum_b)) < -most
+    return tl.min(tl.minimum(b_sum_f, b_sum_b)) < -most
 
 
 @triton.jit
 def any_strong(
-    p_sum, i, n, n_sums, K: tl.constexpr, BK: tl.constexpr, COUNT: tl.constexpr, most: tl.constexpr = SPAN
+    p_sum, i_tg, n, n_sums, K: tl.constexpr, BK: tl.constexpr, COUNT: tl.constexpr,
+    most: tl.constexpr = SPAN,
 ):  # fmt: skip
-    """Whether a channel of chunks i .. i + min(n, COUNT) - 1 decays by more than `most` binary orders."""
+    """Whether a channel of min(n, COUNT) chunks from i_tg on decays by more than `most` binary orders."""
     o_k = tl.arange(0, BK)[None, :]
-    o_c = tl.arange(0, COUNT)[:, None]
-    p_sum += (i + o_c) * K + o_k
-    mask = (o_c < n) & (o_k < K)
-    sum_b = tl.load(p_sum + n_sums * K, mask=mask, other=0.0)
-    return is_strong(tl.load(p_sum, mask=mask, other=0.0), sum_b, most)
+    o_t = tl.arange(0, COUNT)[:, None]
+    p_sum += (i_tg + o_t) * K + o_k
+    m_tk = (o_t < n) & (o_k < K)
+    b_sum_b = tl.load(p_sum + n_sums * K, mask=m_tk, other=0.0)  # [COUNT, BK]
+    return is_strong(tl.load(p_sum, mask=m_tk, other=0.0), b_sum_b, most)  # [COUNT, BK]
 
 
 @triton.jit
 def chunks_of_program(
-    p_sum, n_chunks, n_sums, H, CH, NV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    p_sum, NT, n_sums, H, CH, NV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     STRONG: tl.constexpr, EXACT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """First and end of a program's chunks among all sequences'; STRONG: none if none needs that form."""
@@ -237,16 +241,16 @@ def chunks_of_program(
                 end = first
     else:
         i_bh = tl.program_id(2) * H + tl.program_id(1) // NV
-        first = i_bh * n_chunks + tl.program_id(0) * CH
-        end = tl.minimum(first + CH, (i_bh + 1) * n_chunks)
+        first = i_bh * NT + tl.program_id(0) * CH
+        end = tl.minimum(first + CH, (i_bh + 1) * NT)
     return first, end
 
 
 @triton.jit
-def sequence_of(i, n_chunks, H, NV: tl.constexpr, STRONG: tl.constexpr):
-    """Image, head and number of the sequence of chunk i; unless STRONG, the program's."""
+def sequence_of(i_tg, NT, H, NV: tl.constexpr, STRONG: tl.constexpr):
+    """Image, head and number of the sequence of chunk i_tg; unless STRONG, the program's."""
     if STRONG:
-        i_bh = i // n_chunks
+        i_bh = i_tg // NT
         return i_bh // H, i_bh % H, i_bh
     else:
         i_h = tl.program_id(1) // NV
