@@ -1,9 +1,12 @@
-"""Triton's interpreter in a third of its time, with the same results."""
+"""Triton's interpreter in a fraction of its time, with the same results."""
 
 import dataclasses
 
+import numpy as np
 import triton
 from triton.runtime import interpreter
+
+scan_numbers = interpreter.ScanOps.generic_scan  # as Triton has it
 
 
 def hurry() -> None:
@@ -29,3 +32,29 @@ def hurry() -> None:
         return run(*arguments, **keywords)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = prepare_once, run_afresh
+
+    # NumPy's type of each of Triton's is looked up in a table that is made at each call.
+    look_up, found = interpreter._get_np_dtype, {}
+
+    def look_up_once(kind):
+        name = kind.scalar.name
+        if name not in found:
+            found[name] = look_up(kind)
+        return found[name]
+
+    interpreter._get_np_dtype = look_up_once
+    interpreter.ScanOps.generic_scan = scan_slices
+
+
+def scan_slices(self, inputs: tuple) -> list:
+    """Combine whole slices along the axis, where Triton combines one number with one other at a time."""
+    sources = [np.moveaxis(x.handle.data, self.axis, 0) for x in inputs]
+    results = [source.copy() for source in sources]
+    dtypes = [x.dtype for x in inputs]
+    for i in range(1, len(results[0])):
+        parts = [result[i - 1] for result in results] + [source[i] for source in sources]
+        combined = self.combine_fn.fn(*map(self.to_tensor, parts, dtypes * 2))
+        combined = combined if isinstance(combined, tuple) else (combined,)
+        for result, part in zip(results, combined, strict=True):
+            result[i] = part.handle.data.reshape(result[i].shape)
+    return [self.to_tensor(np.moveaxis(y, 0, self.axis), t) for y, t in zip(results, dtypes, strict=True)]
