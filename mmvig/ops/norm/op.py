@@ -25,10 +25,10 @@ def constants(
     """Constants of a kernel."""
     block = triton.next_power_of_2(width)
     first, shifted = others
-    form = {'BR': max(1, (BACKWARD_TILE if back else TILE) // block), **({'AHEAD': STAGES} if back else {})}
+    form = {'BM': max(1, (BACKWARD_TILE if back else TILE) // block), **({'AHEAD': STAGES} if back else {})}
     return Constants(
-        C=width, EPS=eps, RMS=rms, ACT=act, ADD=add, SCALED=scaled, FIRST=first, SHIFT=shifted, **form,
-        BC=block, num_warps=4 if block <= 2048 else 8,
+        C=width, EPS=eps, RMS=rms, ACT=act, USE_BRANCH=add, USE_SCALE=scaled, CHANNELS_FIRST=first,
+        USE_SHIFT=shifted, **form, BC=block, num_warps=4 if block <= 2048 else 8,
     )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def forward(x, branch, scale, weight, bias, eps, dtype, act, first, shift=None):
             first, shift is not None,
         )  # fmt: skip
         tensors = [x if each is None else each for each in (x, branch, scale, weight, bias, shift, s, y)]
-        grid = ceil_div(rows, options['BR']), 1, 1
+        grid = ceil_div(rows, options['BM']), 1, 1
         launch(forward_kernel, compile_key(*tensors), grid, (*tensors, rows, height * width), options)
     return s, y
 
@@ -64,7 +64,7 @@ def backward(ds, dy, s, scale, weight, bias, eps, act, first, branch_dtype, shif
         channels, True, eps, bias is None, act, ds is not None, scale is not None,
         first, shift is not None,
     )  # fmt: skip
-    programs = min(ceil_div(rows, options['BR']), FILL * multiprocessors(s.device))
+    programs = min(ceil_div(rows, options['BM']), FILL * multiprocessors(s.device))
     kinds = 1 + (bias is not None) + (shift is not None)
     dw = s.new_empty(kinds, programs, channels, dtype=torch.float32)
     if programs:
