@@ -21,7 +21,7 @@ from mmvig.ops.bigla.plan import plan, scan_constants
 
 TYPES = {'p_sum': '*fp32', 'p_table': '*fp16', 'p_mask': '*i16', 'scale': 'fp32', 'inv': 'fp32'}
 # Of the fused operators: the residual stream, weights and their gradients are in float32.
-FLOATS = ['p_s', 'p_ds', 'p_scale', 'p_w', 'p_b', 'p_wl', 'p_ws', 'p_bias', 'p_dw', 'p_k', 'p_shift']
+FLOATS = ['p_s', 'p_ds', 'p_scale', 'p_w', 'p_b', 'p_wl', 'p_ws', 'p_dw', 'p_kernel', 'p_shift']
 PARTIALS = [f'p_{i}' for i in range(8)]
 FUSED_TYPES = {'p_table': '*i64', **dict.fromkeys([*FLOATS, *PARTIALS, 'p_out'], '*fp32')}
 

@@ -22,9 +22,8 @@ def constants(weight: torch.Size, stride: int, eps: float, act: str, keep: bool)
     """Constants of the kernel."""
     channels, in_channels, side, _ = weight
     return Constants(
-        CIN=in_channels, KS=side, STRIDE=stride, C=channels, EPS=eps, ACT=act, KEEP=keep,
-        BM=PIXELS, BK=BLOCK,
-        BC=max(16, triton.next_power_of_2(channels)), num_warps=4, num_stages=1,
+        CI=in_channels, SIDE=side, STRIDE=stride, C=channels, EPS=eps, ACT=act, KEEP=keep, BM=PIXELS,
+        BPATCH=BLOCK, BC=max(16, triton.next_power_of_2(channels)), num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
