@@ -1,4 +1,8 @@
-"""Depthwise 3x3 convolution by Triton: threads walk down strips of a map, some columns at two channels."""
+"""Depthwise 3x3 convolution by Triton: threads walk down strips of a map, some columns at two channels.
+
+Names are those of mmvig/ops/arithmetic.py; maps are HI x WI pixels, the P strips of all maps L x COLUMNS.
+Each pixel of a strip is a block of its own, of BP strips and BC channels.
+"""
 
 import triton
 import triton.language as tl
@@ -13,145 +17,146 @@ COLUMNS = 7, 4
 def begin(p_w, C: tl.constexpr, BC: tl.constexpr):
     """A program's channels [1, BC], which of them exist, and the weights [1, BC] of the nine taps."""
     blocks: tl.constexpr = (C + BC - 1) // BC
-    channels = (tl.program_id(0) % blocks * BC + tl.arange(0, BC))[None, :]
-    of_channel = channels < C
-    w = ()
+    o_c = (tl.program_id(0) % blocks * BC + tl.arange(0, BC))[None, :]
+    m_c = o_c < C
+    b_w = ()
     for tap in tl.static_range(9):
-        w += (tl.load(p_w + channels * 9 + tap, mask=of_channel, other=0.0).to(tl.float32),)
-    return channels, of_channel, w
+        b_w += (tl.load(p_w + o_c * 9 + tap, mask=m_c, other=0.0).to(tl.float32),)  # [1, BC]
+    return o_c, m_c, b_w
 
 
 @triton.jit
-def place(tile, strips, H, W, R, C: tl.constexpr, COLUMNS: tl.constexpr, BS: tl.constexpr):
-    """First row and column, row after the last, and place of a tile's strips [BS, 1]; which exist."""
-    strip = (tile * BS + tl.arange(0, BS))[:, None]
-    across = tl.cdiv(W, COLUMNS)
-    down = tl.cdiv(H, R)
-    row = strip // across % down * R
-    column = strip % across * COLUMNS
-    at = ((strip // across // down).to(tl.int64) * H + row) * W + column
-    return row, column, tl.minimum(row + R, H), at * C, strip < strips
+def place(i_tile, P, HI, WI, L, C: tl.constexpr, COLUMNS: tl.constexpr, BP: tl.constexpr):
+    """First row and column, row after the last, and place of a tile's strips [BP, 1]; which exist."""
+    o_p = (i_tile * BP + tl.arange(0, BP))[:, None]
+    across = tl.cdiv(WI, COLUMNS)
+    down = tl.cdiv(HI, L)
+    o_hi = o_p // across % down * L
+    o_wi = o_p % across * COLUMNS
+    o_x = ((o_p // across // down).to(tl.int64) * HI + o_hi) * WI + o_wi
+    return o_hi, o_wi, tl.minimum(o_hi + L, HI), o_x * C, o_p < P
 
 
 @triton.jit
-def load_row(p_row, mask, column, W, C: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr):
+def load_row(p_row, m_pc, o_wi, WI, C: tl.constexpr, COLUMNS: tl.constexpr, HALO: tl.constexpr):
     """A strip's columns in a row, and HALO more on either side; zeros outside the map."""
-    pixels = ()
+    b_pixels = ()
     for j in tl.static_range(-HALO, COLUMNS + HALO):
-        there = mask & (column > 0) if j < 0 else mask & (column + j < W)
-        pixels += (tl.load(p_row + j * C, mask=there, other=0.0),)
-    return pixels
+        m_x = m_pc & (o_wi > 0) if j < 0 else m_pc & (o_wi + j < WI)
+        b_pixels += (tl.load(p_row + j * C, mask=m_x, other=0.0),)  # [BP, BC]
+    return b_pixels
 
 
 @triton.jit
-def widen(pixels, N: tl.constexpr):
+def widen(b_pixels, N: tl.constexpr):
     """N pixels in float32."""
-    wide = ()
+    b_wide = ()
     for j in tl.static_range(N):
-        wide += (pixels[j].to(tl.float32),)
-    return wide
+        b_wide += (b_pixels[j].to(tl.float32),)
+    return b_wide
 
 
-@triton.jit(do_not_specialize=['strips', 'H', 'W', 'R'])
+@triton.jit(do_not_specialize=['P', 'HI', 'WI', 'L'])
 def forward_kernel(
-    p_x, p_w, p_y, p_u, strips, H, W, R, C: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
-    BS: tl.constexpr, BC: tl.constexpr, ACT: tl.constexpr, KEEP: tl.constexpr,
+    p_x, p_w, p_y, p_u, P, HI, WI, L, C: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, ACT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Make BS strips of R rows of y [B, H, W, C] at BC channels; ACT: of u = silu(y), KEEP: and of y."""
-    channels, of_channel, w = begin(p_w, C, BC)
-    tile = tl.program_id(0) // ((C + BC - 1) // BC)
-    row, column, end, at, exists = place(tile, strips, H, W, R, C, COLUMNS, BS)
-    at += channels
-    mask = exists & of_channel
-    last = tl.minimum(end, H - 1)  # that is read
-    of_row = W.to(tl.int64) * C
-    above = widen(load_row(p_x + at - of_row, mask & (row > 0), column, W, C, COLUMNS, 1), COLUMNS + 2)
-    here = widen(load_row(p_x + at, mask, column, W, C, COLUMNS, 1), COLUMNS + 2)
-    coming = ()
+    """Make BP strips of y [B, HI, WI, C] at BC channels; ACT: of u = silu(y), KEEP: and of y."""
+    o_c, m_c, b_w = begin(p_w, C, BC)
+    i_tile = tl.program_id(0) // ((C + BC - 1) // BC)
+    o_hi, o_wi, end, o_pc, m_p = place(i_tile, P, HI, WI, L, C, COLUMNS, BP)
+    o_pc += o_c
+    m_pc = m_p & m_c
+    last = tl.minimum(end, HI - 1)  # that is read
+    s_hi = WI.to(tl.int64) * C
+    b_above = widen(load_row(p_x + o_pc - s_hi, m_pc & (o_hi > 0), o_wi, WI, C, COLUMNS, 1), COLUMNS + 2)
+    b_here = widen(load_row(p_x + o_pc, m_pc, o_wi, WI, C, COLUMNS, 1), COLUMNS + 2)
+    b_coming = ()
     for i in tl.static_range(1, AHEAD + 1):
-        coming += (load_row(p_x + at + i * of_row, mask & (row + i <= last), column, W, C, COLUMNS, 1),)
-    for _ in range(R):
-        below = widen(coming[0], COLUMNS + 2)
-        p_row = p_x + at + (AHEAD + 1) * of_row
-        of_next = mask & (row + (AHEAD + 1) <= last)
-        coming = coming[1:]
-        coming += (load_row(p_row, of_next, column, W, C, COLUMNS, 1),)
-        x = above, here, below
+        b_coming += (load_row(p_x + o_pc + i * s_hi, m_pc & (o_hi + i <= last), o_wi, WI, C, COLUMNS, 1),)
+    for _ in range(L):
+        b_below = widen(b_coming[0], COLUMNS + 2)
+        p_row = p_x + o_pc + (AHEAD + 1) * s_hi
+        m_next = m_pc & (o_hi + (AHEAD + 1) <= last)
+        b_coming = b_coming[1:]
+        b_coming += (load_row(p_row, m_next, o_wi, WI, C, COLUMNS, 1),)
+        b_x = b_above, b_here, b_below
         for j in tl.static_range(COLUMNS):
-            total = tl.zeros([BS, BC], tl.float32)
+            b_total = tl.zeros([BP, BC], tl.float32)
             for tap in tl.static_range(9):
-                total += x[tap // 3][j + tap % 3] * w[tap]
-            there = mask & (row < H) & (column + j < W)
-            y = total.to(p_y.dtype.element_ty)
+                b_total += b_x[tap // 3][j + tap % 3] * b_w[tap]
+            m_y = m_pc & (o_hi < HI) & (o_wi + j < WI)
+            b_y = b_total.to(p_y.dtype.element_ty)
             if KEEP:
-                tl.store(p_y + at + j * C, y, mask=there)
+                tl.store(p_y + o_pc + j * C, b_y, mask=m_y)
             if ACT:
-                y = y.to(tl.float32)
-                u = (y * sigmoid(y)).to(p_u.dtype.element_ty)
-                tl.store(p_u + at + j * C, u, mask=there)
-        above = here
-        here = below
-        at += of_row
-        row += 1
+                b_y = b_y.to(tl.float32)
+                b_u = (b_y * sigmoid(b_y)).to(p_u.dtype.element_ty)
+                tl.store(p_u + o_pc + j * C, b_u, mask=m_y)
+        b_above = b_here
+        b_here = b_below
+        o_pc += s_hi
+        o_hi += 1
 
 
-@triton.jit(do_not_specialize=['strips', 'H', 'W', 'R'])
+@triton.jit(do_not_specialize=['P', 'HI', 'WI', 'L'])
 def backward_kernel(
-    p_dy, p_x, p_w, p_dx, p_dw, strips, H, W, R, C: tl.constexpr, COLUMNS: tl.constexpr,
-    AHEAD: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+    p_dy, p_x, p_w, p_dx, p_dw, P, HI, WI, L, C: tl.constexpr, COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Make dx at every n-th tile of BS strips and BC channels, and their share of the weight's gradient.
+    """Make dx at every n-th tile of BP strips and BC channels, and their share of the weight's gradient.
 
     dx[h, w] = sum_ij weight[i, j] * dy[h + 1 - i, w + 1 - j]
     dw[i, j] = sum_hw x[h, w] * dy[h + 1 - i, w + 1 - j]
 
     n is the number of shares; dw is [n, C, 9].
     """
-    channels, of_channel, w = begin(p_w, C, BC)
+    o_c, m_c, b_w = begin(p_w, C, BC)
     blocks: tl.constexpr = (C + BC - 1) // BC
-    share = tl.program_id(0) // blocks
-    of_row = W.to(tl.int64) * C
-    dw = (tl.zeros([BS, BC], tl.float32),) * 9
-    for tile in range(share, tl.cdiv(strips, BS), tl.num_programs(0) // blocks):
-        row, column, end, at, exists = place(tile, strips, H, W, R, C, COLUMNS, BS)
-        at += channels
-        mask = exists & of_channel
-        last = tl.minimum(end, H - 1)  # of dy that is read
-        above = widen(load_row(p_dy + at - of_row, mask & (row > 0), column, W, C, COLUMNS, 1), COLUMNS + 2)
-        here = widen(load_row(p_dy + at, mask, column, W, C, COLUMNS, 1), COLUMNS + 2)
-        coming = ()
-        coming_x = ()
+    i_share = tl.program_id(0) // blocks
+    s_hi = WI.to(tl.int64) * C
+    b_dw = (tl.zeros([BP, BC], tl.float32),) * 9
+    for i_tile in range(i_share, tl.cdiv(P, BP), tl.num_programs(0) // blocks):
+        o_hi, o_wi, end, o_pc, m_p = place(i_tile, P, HI, WI, L, C, COLUMNS, BP)
+        o_pc += o_c
+        m_pc = m_p & m_c
+        last = tl.minimum(end, HI - 1)  # of dy that is read
+        b_above = load_row(p_dy + o_pc - s_hi, m_pc & (o_hi > 0), o_wi, WI, C, COLUMNS, 1)
+        b_above = widen(b_above, COLUMNS + 2)
+        b_here = widen(load_row(p_dy + o_pc, m_pc, o_wi, WI, C, COLUMNS, 1), COLUMNS + 2)
+        b_coming = ()
+        b_coming_x = ()
         for i in tl.static_range(AHEAD):
-            p_row = p_dy + at + (i + 1) * of_row
-            coming += (load_row(p_row, mask & (row + (i + 1) <= last), column, W, C, COLUMNS, 1),)
-            p_row = p_x + at + i * of_row
-            coming_x += (load_row(p_row, mask & (row + i < end), column, W, C, COLUMNS, 0),)
-        for _ in range(R):
-            below = widen(coming[0], COLUMNS + 2)
-            x = widen(coming_x[0], COLUMNS)
-            p_row = p_dy + at + (AHEAD + 1) * of_row
-            of_next = mask & (row + (AHEAD + 1) <= last)
-            coming = coming[1:]
-            coming += (load_row(p_row, of_next, column, W, C, COLUMNS, 1),)
-            p_row = p_x + at + AHEAD * of_row
-            coming_x = coming_x[1:]
-            coming_x += (load_row(p_row, mask & (row + AHEAD < end), column, W, C, COLUMNS, 0),)
-            dy = below, here, above
+            p_row = p_dy + o_pc + (i + 1) * s_hi
+            b_coming += (load_row(p_row, m_pc & (o_hi + (i + 1) <= last), o_wi, WI, C, COLUMNS, 1),)
+            p_row = p_x + o_pc + i * s_hi
+            b_coming_x += (load_row(p_row, m_pc & (o_hi + i < end), o_wi, WI, C, COLUMNS, 0),)
+        for _ in range(L):
+            b_below = widen(b_coming[0], COLUMNS + 2)
+            b_x = widen(b_coming_x[0], COLUMNS)
+            p_row = p_dy + o_pc + (AHEAD + 1) * s_hi
+            m_next = m_pc & (o_hi + (AHEAD + 1) <= last)
+            b_coming = b_coming[1:]
+            b_coming += (load_row(p_row, m_next, o_wi, WI, C, COLUMNS, 1),)
+            p_row = p_x + o_pc + AHEAD * s_hi
+            b_coming_x = b_coming_x[1:]
+            b_coming_x += (load_row(p_row, m_pc & (o_hi + AHEAD < end), o_wi, WI, C, COLUMNS, 0),)
+            b_dy = b_below, b_here, b_above
             for j in tl.static_range(COLUMNS):
-                dx = tl.zeros([BS, BC], tl.float32)
-                sums = ()
+                b_dx = tl.zeros([BP, BC], tl.float32)
+                b_sums = ()
                 for tap in tl.static_range(9):
-                    of_dy = dy[tap // 3][j + 2 - tap % 3]
-                    dx += of_dy * w[tap]
-                    sums += (dw[tap] + of_dy * x[j],)
-                dw = sums
-                there = mask & (row < H) & (column + j < W)
-                tl.store(p_dx + at + j * C, dx.to(p_dx.dtype.element_ty), mask=there)
-            above = here
-            here = below
-            at += of_row
-            row += 1
-    channels = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
-    p_dw += share.to(tl.int64) * (C * 9) + channels * 9
+                    b_dy_tap = b_dy[tap // 3][j + 2 - tap % 3]
+                    b_dx += b_dy_tap * b_w[tap]
+                    b_sums += (b_dw[tap] + b_dy_tap * b_x[j],)
+                b_dw = b_sums
+                m_dx = m_pc & (o_hi < HI) & (o_wi + j < WI)
+                tl.store(p_dx + o_pc + j * C, b_dx.to(p_dx.dtype.element_ty), mask=m_dx)
+            b_above = b_here
+            b_here = b_below
+            o_pc += s_hi
+            o_hi += 1
+    o_c = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
+    p_dw += i_share.to(tl.int64) * (C * 9) + o_c * 9
     for tap in tl.static_range(9):
-        tl.store(p_dw + tap, tl.sum(dw[tap], axis=0), mask=channels < C)
+        tl.store(p_dw + tap, tl.sum(b_dw[tap], axis=0), mask=o_c < C)

@@ -29,7 +29,7 @@ def constants_of(C: int, columns: int, channels: int, block: int, num_warps: int
     while C % block and block > 32:
         block //= 2
     strips = 32 * num_warps * channels // block
-    return Constants(C=C, COLUMNS=columns, BS=strips, BC=block, num_warps=num_warps, **more)
+    return Constants(C=C, COLUMNS=columns, BP=strips, BC=block, num_warps=num_warps, **more)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -40,11 +40,11 @@ def divide(shape: torch.Size, device: torch.device, fill: int, **form) -> tuple[
     constants = constants_of(channels, columns, **form)
     blocks = ceil_div(channels, constants['BC'])
     across, most = batch * ceil_div(width, columns), ceil_div(height, MIN_ROWS)
-    down = min(most, ceil_div(fill * multiprocessors(device) * constants['BS'], across * blocks))
+    down = min(most, ceil_div(fill * multiprocessors(device) * constants['BP'], across * blocks))
     down = next((x for x in range(down, most + 1) if height % x == 0), down)  # or the last is shorter
     rows = ceil_div(height, down)
     strips = across * ceil_div(height, rows)
-    return constants, (strips, height, width, rows), ceil_div(strips, constants['BS']), blocks
+    return constants, (strips, height, width, rows), ceil_div(strips, constants['BP']), blocks
 
 
 def forward(x: Tensor, weight: Tensor, act: bool = False, keep: bool = True) -> tuple[Tensor, Tensor]:
