@@ -22,9 +22,10 @@ TILE, BACKWARD_TILE, STAGES, FILL = 2048, 512, 1, 8
 def constants(width: int, head_dim: int, eps: float, act: bool, bias: bool, back: bool) -> Constants:
     """Constants of a kernel."""
     block = triton.next_power_of_2(head_dim)
-    form = {'BR': max(1, (BACKWARD_TILE if back else TILE) // block), **({'AHEAD': STAGES} if back else {})}
+    rows = max(1, (BACKWARD_TILE if back else TILE) // block)
+    form = {'BT': rows, 'AHEAD': STAGES} if back else {'BM': rows}
     return Constants(
-        H=width // head_dim, V=head_dim, EPS=eps, ACT=act, BIAS=bias, **form, BV=block, num_warps=4
+        H=width // head_dim, V=head_dim, EPS=eps, ACT=act, USE_BIAS=bias, **form, BV=block, num_warps=4
     )
 
 
@@ -38,7 +39,7 @@ def mix(long, gate, short, weight_long, weight_short, bias, eps, act):
         options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, False)
         rows = y.numel() // options['V']
         tensors = long, gate, short, weight_long, weight_short, weight_long if bias is None else bias, y
-        grid = ceil_div(rows, options['BR']), 1, 1
+        grid = ceil_div(rows, options['BM']), 1, 1
         arguments = (*tensors, rows, gate.stride(0))
         launch(forward_kernel, compile_key(*tensors), grid, arguments, options)
     return y
@@ -53,7 +54,7 @@ def mix_backward(dy, long, gate, short, weight_long, weight_short, bias, eps, ac
     dlong, dshort, y = torch.empty_like(long), torch.empty_like(long), torch.empty_like(dy)
     options = constants(long.shape[1], weight_long.shape[0], eps, act, bias is not None, True)
     heads, rows = options['H'], dy.numel() // options['V']
-    programs = ceil_div(rows, options['BR'] * heads)
+    programs = ceil_div(rows, options['BT'] * heads)
     programs = min(programs, max(1, FILL * multiprocessors(dy.device) // heads))
     dw = dy.new_empty(2 if bias is None else 3, programs, heads, options['V'], dtype=torch.float32)
     if programs:
