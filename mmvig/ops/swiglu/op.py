@@ -31,7 +31,7 @@ MAX_GRID = 65535  # in a grid's second dimension
 @functools.lru_cache(maxsize=64)
 def constants(width: int) -> Constants:
     """Constants of the kernels for a width D."""
-    return Constants(D=width, BR=ROWS, BD=COLUMNS, num_warps=4)
+    return Constants(D=width, BM=ROWS, BD=COLUMNS, num_warps=4)
 
 
 def run(kernel, tensors: tuple[Tensor, ...], width: int, rows: int) -> None:
@@ -75,24 +75,24 @@ def tiling(channels: int, width: int, keep: bool | None) -> dict:
     """
     back = keep is None
     if channels > (MAX_BACKWARD_WIDTH if back else MAX_HELD):
-        tile = {'HELD': False, 'K0': 64, 'K1': 0, 'STAGES': 3, 'each': 0, 'BM': 128}
+        tile = {'HELD': False, 'BC0': 64, 'BC1': 0, 'STAGES': 3, 'each': 0, 'BM': 128}
         tile |= {'num_warps': 8, 'maxnreg': 128}  # two programs fit
         columns = 64
     else:
         first = max(16, 1 << channels.bit_length() - 1)  # powers of two
         second = max(16, 1 << (channels - first - 1).bit_length()) if channels > first else 0
         stages, each = (2, 3) if back and channels <= 96 else (3, 1 if channels > 192 else 2)
-        tile = {'HELD': True, 'K0': first, 'K1': second, 'STAGES': stages, 'each': each, 'BM': 64}
+        tile = {'HELD': True, 'BC0': first, 'BC1': second, 'STAGES': stages, 'each': each, 'BM': 64}
         tile |= {'num_warps': 4}
         columns = 32 if (96 if back else 128) < channels <= 192 else 64
-    return {**tile, 'BN': min(columns, max(16, 1 << width.bit_length() - 1))}
+    return {**tile, 'BD': min(columns, max(16, 1 << width.bit_length() - 1))}
 
 
 @functools.lru_cache(maxsize=64)
 def product_constants(channels: int, width: int, device: torch.device, keep: bool | None) -> tuple:
     """Constants of a kernel with a product, its tiles of columns, and most programs for each of them."""
     tile, form = tiling(channels, width, keep), {} if keep is None else {'KEEP': keep}
-    columns, each = ceil_div(width, tile['BN']), tile.pop('each')
+    columns, each = ceil_div(width, tile['BD']), tile.pop('each')
     programs = max(1, each * multiprocessors(device) // columns) if each else MAX_GRID
     return Constants(C=channels, D=width, **form, **tile, num_stages=tile['STAGES']), columns, programs
 
