@@ -22,42 +22,43 @@ WIDEN = tl.constexpr(INTERPRETED)  # the interpreter has no product of bf16
 
 @triton.jit(do_not_specialize=['M'])
 def backward_kernel(
-    p_dy, p_x, p_weight, p_dx, p_dw, M, C: tl.constexpr, R: tl.constexpr, S_X: tl.constexpr,
-    S_DX: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    p_dy, p_x, p_weight, p_dx, p_dw, M, C: tl.constexpr, R: tl.constexpr, s_x: tl.constexpr,
+    s_dx: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Make dx [M, R] of dy [M, C], and this program's share of dw, [C, R] and the bias' [C] after it.
 
-    Rows of x and dx are S_X and S_DX apart. Both products are transposed, with R rows: too few for Hopper's
+    Rows of x and dx are s_x and s_dx apart. Both products are transposed, with R rows: too few for Hopper's
     own instructions, which Triton 3.6 has trouble with.
     """
     dtype: tl.constexpr = tl.float32 if WIDEN else p_dy.dtype.element_ty
     precision: tl.constexpr = 'tf32x3'  # of float32; halves need none
-    ranks = tl.arange(0, BR)[:, None]
+    o_r = tl.arange(0, BR)[:, None]
     p_dw += tl.program_id(0).to(tl.int64) * (C * R + C)
     for i in range(tl.program_id(0), tl.cdiv(M, BM), tl.num_programs(0)):
-        rows = i * BM + tl.arange(0, BM)
-        row = rows.to(tl.int64)
-        of_rank = (ranks < R) & (rows < M)[None, :]
-        x = tl.load(p_x + row[None, :] * S_X + ranks, mask=of_rank, other=0.0).to(dtype)  # [R, M]
-        dx = tl.zeros([BR, BM], tl.float32)
+        o_m = i * BM + tl.arange(0, BM)
+        o_row = o_m.to(tl.int64)
+        m_rm = (o_r < R) & (o_m < M)[None, :]
+        b_x = tl.load(p_x + o_row[None, :] * s_x + o_r, mask=m_rm, other=0.0).to(dtype)  # [BR, BM]
+        b_dx = tl.zeros([BR, BM], tl.float32)
         for start in range(0, C, BC):
-            columns = start + tl.arange(0, BC)
-            inside = columns < C
-            mask = (rows < M)[:, None] & inside[None, :]
-            dy = tl.load(p_dy + row[:, None] * C + columns[None, :], mask=mask, other=0.0).to(dtype)
-            at = columns[None, :] * R + ranks
-            of_weight = (ranks < R) & inside[None, :]
-            weight = tl.load(p_weight + at, mask=of_weight, other=0.0).to(dtype)
-            dx = tl.dot(weight, tl.trans(dy), dx, input_precision=precision)
-            dw = tl.dot(x, dy, input_precision=precision)
-            db = tl.sum(dy.to(tl.float32), axis=0)
+            o_c = start + tl.arange(0, BC)
+            m_c = o_c < C
+            m_mc = (o_m < M)[:, None] & m_c[None, :]
+            p_dy_mc = p_dy + o_row[:, None] * C + o_c[None, :]
+            b_dy = tl.load(p_dy_mc, mask=m_mc, other=0.0).to(dtype)  # [BM, BC]
+            o_rc = o_c[None, :] * R + o_r
+            m_rc = (o_r < R) & m_c[None, :]
+            b_weight = tl.load(p_weight + o_rc, mask=m_rc, other=0.0).to(dtype)  # [BR, BC]
+            b_dx = tl.dot(b_weight, tl.trans(b_dy), b_dx, input_precision=precision)  # [BR, BM]
+            b_dw = tl.dot(b_x, b_dy, input_precision=precision)  # [BR, BC]
+            b_db = tl.sum(b_dy.to(tl.float32), axis=0)  # [BC]
             # Added to what earlier tiles gave: registers do not hold it for all columns.
             again = i >= tl.num_programs(0)
-            dw += tl.load(p_dw + at, mask=of_weight & again, other=0.0)
-            db += tl.load(p_dw + C * R + columns, mask=inside & again, other=0.0)
-            tl.store(p_dw + at, dw, mask=of_weight)
-            tl.store(p_dw + C * R + columns, db, mask=inside)
-        tl.store(p_dx + row[None, :] * S_DX + ranks, dx.to(p_dx.dtype.element_ty), mask=of_rank)
+            b_dw += tl.load(p_dw + o_rc, mask=m_rc & again, other=0.0)  # [BR, BC]
+            b_db += tl.load(p_dw + C * R + o_c, mask=m_c & again, other=0.0)  # [BC]
+            tl.store(p_dw + o_rc, b_dw, mask=m_rc)
+            tl.store(p_dw + C * R + o_c, b_db, mask=m_c)
+        tl.store(p_dx + o_row[None, :] * s_dx + o_r, b_dx.to(p_dx.dtype.element_ty), mask=m_rm)
         tl.debug_barrier()  # the next tile's loads are not of the threads that stored
 
 
@@ -78,7 +79,7 @@ def divide(
 def constants_of(channels: int, rank: int, of_x: int, of_dx: int, rows: int) -> Constants:
     """Constants for strides of x and dx, and tiles of ``rows``."""
     return Constants(
-        C=channels, R=rank, S_X=of_x, S_DX=of_dx, BR=max(16, triton.next_power_of_2(rank)), BM=rows,
+        C=channels, R=rank, s_x=of_x, s_dx=of_dx, BR=max(16, triton.next_power_of_2(rank)), BM=rows,
         BC=COLUMNS, num_warps=4, num_stages=2,
     )  # fmt: skip
 

@@ -14,35 +14,35 @@ from mmvig.ops.launch import Constants, compile_key, launch
 from mmvig.ops.persistent import persistent_cache
 
 ROWS, COLUMNS, SOURCES = 32, 64, 5
-CONSTANTS = Constants(BR=ROWS, BC=COLUMNS, num_warps=4)
+CONSTANTS = Constants(BM=ROWS, BC=COLUMNS, num_warps=4)
 
 
 @triton.jit
-def sum_kernel(p_0, p_1, p_2, p_3, p_4, p_table, p_out, BR: tl.constexpr, BC: tl.constexpr):
+def sum_kernel(p_0, p_1, p_2, p_3, p_4, p_table, p_out, BM: tl.constexpr, BC: tl.constexpr):
     """Sum the rows of a block of columns; the table has of each its source, place, shape and target."""
     p_row = p_table + tl.program_id(0) * 6
     source = tl.load(p_row)
     start = tl.load(p_row + 1)
     rows = tl.load(p_row + 2)
-    step = tl.load(p_row + 3)
-    columns = tl.arange(0, BC)
-    inside = columns < tl.load(p_row + 4)
-    total = tl.zeros([BR, BC], tl.float32)
-    for first in range(0, rows, BR):
-        row = first + tl.arange(0, BR)
-        mask = (row < rows)[:, None] & inside[None, :]
-        at = start + row.to(tl.int64)[:, None] * step + columns[None, :]
+    s_m = tl.load(p_row + 3)
+    o_c = tl.arange(0, BC)
+    m_c = o_c < tl.load(p_row + 4)
+    b_total = tl.zeros([BM, BC], tl.float32)
+    for first in range(0, rows, BM):
+        o_m = first + tl.arange(0, BM)
+        m_mc = (o_m < rows)[:, None] & m_c[None, :]
+        o_mc = start + o_m.to(tl.int64)[:, None] * s_m + o_c[None, :]
         if source == 0:
-            total += tl.load(p_0 + at, mask=mask, other=0.0)
+            b_total += tl.load(p_0 + o_mc, mask=m_mc, other=0.0)  # [BM, BC]
         elif source == 1:
-            total += tl.load(p_1 + at, mask=mask, other=0.0)
+            b_total += tl.load(p_1 + o_mc, mask=m_mc, other=0.0)  # [BM, BC]
         elif source == 2:
-            total += tl.load(p_2 + at, mask=mask, other=0.0)
+            b_total += tl.load(p_2 + o_mc, mask=m_mc, other=0.0)  # [BM, BC]
         elif source == 3:
-            total += tl.load(p_3 + at, mask=mask, other=0.0)
+            b_total += tl.load(p_3 + o_mc, mask=m_mc, other=0.0)  # [BM, BC]
         else:
-            total += tl.load(p_4 + at, mask=mask, other=0.0)
-    tl.store(p_out + tl.load(p_row + 5) + columns, tl.sum(total, axis=0), mask=inside)
+            b_total += tl.load(p_4 + o_mc, mask=m_mc, other=0.0)  # [BM, BC]
+    tl.store(p_out + tl.load(p_row + 5) + o_c, tl.sum(b_total, axis=0), mask=m_c)
 
 
 @persistent_cache
