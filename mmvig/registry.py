@@ -28,7 +28,7 @@ def _built_lazily(module: str, name: str) -> Callable:
     return build
 
 
-for _name in ('DetDataPreprocessor', 'FCNMaskHead', 'RPNHead', 'SingleRoIExtractor'):
+for _name in ('DetDataPreprocessor', 'FCNMaskHead', 'RPNHead', 'SingleRoIExtractor', 'StandardRoIHead'):
     MODELS.register_module(name=_name, module=_built_lazily('mmvig.detection', _name))
 
 DATASETS = _root.Registry(

@@ -471,7 +471,7 @@ def test_places_are_not_filled(monkeypatch):
 @gpu
 def test_training_in_deterministic_mode():
     """There PyTorch fills new memory with NaN, also at each replay."""
-    model, plain = make(), make(cuda_graphs=0)
+    model, plain = make(cuda_graphs=2), make(cuda_graphs=0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         for step in range(CALLS + 2):

@@ -7,7 +7,7 @@ maps' dtype: in bfloat16 to whole multiples of 4 or 8 pixels from 512 on.
 
 import mmvig.compat  # noqa: F401, I001  before mmdet, which imports mmcv.ops
 from mmvig.detection.data_preprocessor import DetDataPreprocessor
-from mmvig.detection.roi_heads import FCNMaskHead, SingleRoIExtractor
+from mmvig.detection.roi_heads import FCNMaskHead, SingleRoIExtractor, StandardRoIHead
 from mmvig.detection.rpn_head import RPNHead
 from mmvig.detection.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder, MaxIoUAssigner, RandomSampler
 
@@ -20,4 +20,5 @@ __all__ = [
     'RPNHead',
     'RandomSampler',
     'SingleRoIExtractor',
+    'StandardRoIHead',
 ]

@@ -1,13 +1,21 @@
-"""Features of regions and their masks."""
+"""Regions of interest: what they learn from, their features and their masks."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
+from mmdet.models.roi_heads import StandardRoIHead as _StandardRoIHead
+from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead as _FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor as _SingleRoIExtractor
+from mmdet.models.task_modules import SamplingResult
+from mmdet.models.utils import unpack_gt_instances
+from mmdet.structures import SampleList
+from mmengine.structures import InstanceData
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from mmvig.detection.task_modules import is_traced
+from mmvig.detection.task_modules import MaxIoUAssigner, RandomSampler, is_traced
 
 MASKS = 32  # of whose multiples FCNMaskHead makes its batches
 
@@ -69,3 +77,128 @@ class FCNMaskHead(_FCNMaskHead):
             return super().__call__(x)
         filled = torch.cat([x, x.new_zeros(-len(x) % MASKS, *x.shape[1:])])
         return super().__call__(filled)[: len(x)]
+
+
+class StandardRoIHead(_StandardRoIHead):
+    """mmdet's StandardRoIHead, which draws regions of all images at once. Arguments are mmdet's.
+
+    Losses are mmdet's over other draws of as many regions, with one wait for the GPU instead of one for
+    each image and kind. With other parts than :class:`MaxIoUAssigner`, :class:`RandomSampler` and the
+    targets of mmdet's BBoxHead, mmdet does it, image by image.
+    """
+
+    def loss(
+        self, x: Sequence[Tensor], rpn_results_list: list[InstanceData], batch_data_samples: SampleList
+    ) -> dict[str, Tensor]:
+        """Losses of classes, boxes and masks.
+
+        Args:
+            x: the neck's maps ``[B, C, H, W]``.
+            rpn_results_list: each image's proposals, ``bboxes``.
+            batch_data_samples: each image's objects.
+        """
+        instances, _, _ = unpack_gt_instances(batch_data_samples)
+        proposals = [each.bboxes for each in rpn_results_list]
+        if not self._draws_at_once(proposals, [each.bboxes for each in instances]):
+            return super().loss(x, rpn_results_list, batch_data_samples)
+        drawn = self._draw(proposals, instances)
+        losses = {}
+        if self.with_bbox:
+            rois, targets = self._targets(drawn)
+            results = self._bbox_forward(x, rois)
+            losses.update(self.bbox_head.loss(results['cls_score'], results['bbox_pred'], rois, *targets))
+        if self.with_mask:
+            features = results['bbox_feats'] if self.with_bbox else None
+            losses.update(self.mask_loss(x, drawn, features, instances)['loss_mask'])
+        return losses
+
+    def _draws_at_once(self, proposals: list[Tensor], objects: list[Tensor]) -> bool:
+        head = type(self.bbox_head) if self.with_bbox else BBoxHead
+        own = ('loss_and_target', 'get_targets', '_get_targets_single')
+        return (
+            type(self.bbox_assigner) is MaxIoUAssigner
+            and self.bbox_assigner.assigns_each()
+            and type(self.bbox_sampler) is RandomSampler
+            and self.bbox_sampler.neg_pos_ub < 0
+            and all(getattr(head, name) is getattr(BBoxHead, name) for name in own)
+            and not (self.with_bbox and (self.bbox_head.reg_decoded_bbox or self.train_cfg.pos_weight > 0))
+            and type(self).bbox_loss is _StandardRoIHead.bbox_loss
+            and all(type(each) is Tensor and len(each) for each in (*proposals, *objects))
+            and not is_traced()
+        )
+
+    def _draw(self, proposals: list[Tensor], instances: list[InstanceData]) -> list[SamplingResult]:
+        """Each image's drawn regions, as mmdet's sampler gives them."""
+        objects = torch.cat([each.bboxes for each in instances])
+        counts, device = [len(each) for each in instances], objects.device
+        boxes = pad_sequence(proposals, batch_first=True)
+        images = torch.cat([objects.new_full((count,), i) for i, count in enumerate(counts)])
+        is_other = images[:, None] != torch.arange(len(boxes), device=device)
+        overlaps = self.bbox_assigner.iou_calculator(objects, boxes.view(-1, 4))
+        overlaps = overlaps.view(len(objects), *boxes.shape[:2]).masked_fill_(is_other[..., None], -1.0)
+        numbers, _ = self.bbox_assigner.assign_each(overlaps.flatten(1), [len(objects)])
+        numbers = [
+            row[: len(own)] for row, own in zip(numbers.view(boxes.shape[:2]), proposals, strict=True)
+        ]
+        priors = proposals
+        with_own = self.bbox_sampler.add_gt_as_proposals
+        if with_own:  # each object's box is its own
+            own_numbers = torch.arange(1, len(objects) + 1, device=device).split(counts)
+            numbers = [torch.cat(pair) for pair in zip(own_numbers, numbers, strict=True)]
+            priors = [torch.cat(pair) for pair in zip(objects.split(counts), proposals, strict=True)]
+        numbers = pad_sequence(numbers, batch_first=True, padding_value=-1)
+        priors = pad_sequence(priors, batch_first=True)
+        (positive, is_positive), (negative, is_negative) = self.bbox_sampler.sample_each(numbers)
+        drawn = torch.stack([is_positive.sum(1), is_negative.sum(1)]).tolist()
+        owners = (numbers.gather(1, positive) - 1).clamp(min=0)
+        labels = torch.cat([each.labels for each in instances])
+        columns = {
+            'pos_inds': positive,
+            'neg_inds': negative,
+            'pos_priors': priors.gather(1, positive[..., None].expand(-1, -1, 4)),
+            'neg_priors': priors.gather(1, negative[..., None].expand(-1, -1, 4)),
+            'pos_gt_bboxes': objects[owners],
+            'pos_gt_labels': labels[owners],
+            'pos_assigned_gt_inds': owners,
+        }
+        results, first = [], 0
+        for i, (many, few) in enumerate(zip(*drawn, strict=True)):
+            result = SamplingResult.__new__(SamplingResult)
+            for name, column in columns.items():
+                setattr(result, name, column[i, : many if name.startswith('pos') else few])
+            result.pos_assigned_gt_inds = result.pos_assigned_gt_inds - first
+            result.pos_is_gt = (result.pos_inds < (counts[i] if with_own else 0)).to(torch.uint8)
+            result.num_pos, result.num_neg, result.num_gts = max(many, 1), max(few, 1), counts[i]
+            result.avg_factor_with_neg, result.avg_factor = True, result.num_pos + result.num_neg
+            results.append(result)
+            first += counts[i]
+        return results
+
+    def _targets(self, drawn: list[SamplingResult]) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """RoIs ``[N, 5]``; their classes, weights ``[N]``, and what to regress them to, weights ``[N, 4]``.
+
+        Those of an image's objects come before its background.
+        """
+        head = self.bbox_head
+        pairs = [(each.pos_priors, each.neg_priors) for each in drawn]
+        boxes = torch.cat(list(chain(*pairs)))
+        images = [boxes.new_full((len(one) + len(other), 1), i) for i, (one, other) in enumerate(pairs)]
+        most = max(len(other) for _, other in pairs)
+        background = boxes.new_full((most,), head.num_classes, dtype=torch.long)
+        labels = [(each.pos_gt_labels, background[: len(each.neg_priors)]) for each in drawn]
+        deltas = head.bbox_coder.encode(
+            torch.cat([one for one, _ in pairs]), torch.cat([each.pos_gt_bboxes for each in drawn])
+        )
+        counts, nothing = [len(one) for one, _ in pairs], deltas.new_zeros(most, 4)
+        rows = [
+            (own, nothing[: len(other)])
+            for own, (_, other) in zip(deltas.split(counts), pairs, strict=True)
+        ]
+        one = deltas.new_ones(1, 4)
+        weights = [(one.expand(len(own), 4), none) for own, none in rows]
+        return torch.cat([torch.cat(images), boxes], 1), (
+            torch.cat(list(chain(*labels))),
+            boxes.new_ones(len(boxes)),
+            torch.cat(list(chain(*rows))),
+            torch.cat(list(chain(*weights))),
+        )

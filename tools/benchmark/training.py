@@ -70,6 +70,7 @@ WRAPPED = (
     'RandomSampler',
     'RPNHead',
     'SingleRoIExtractor',
+    'StandardRoIHead',
 )
 
 

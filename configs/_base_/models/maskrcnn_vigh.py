@@ -32,7 +32,7 @@ model = dict(
         loss_bbox=dict(type='L1Loss', loss_weight=1.0),
     ),
     roi_head=dict(
-        type='StandardRoIHead',
+        type='mmvig.StandardRoIHead',
         bbox_roi_extractor=dict(
             type='mmvig.SingleRoIExtractor',
             # mmcv's own operator has no bfloat16, and is missing where mmcv is not compiled
