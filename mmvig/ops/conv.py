@@ -7,8 +7,9 @@ last, and takes [B, H, W, C] for [B, C, H, W]: copies were a tenth of a compiled
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from mmvig.ops.operator import differentiate, operator
+from mmvig.ops.operator import differentiate, empty_like_each, operator
 
 
 def _fake(x, weight, stride):
@@ -16,17 +17,14 @@ def _fake(x, weight, stride):
     return x.new_empty(x.shape[0], height, width, weight.shape[0])
 
 
-@operator('conv(Tensor x, Tensor weight, int stride) -> Tensor', _fake)
-def conv_op(x, weight, stride):
+@operator(_fake)
+def conv_op(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     """Convolution of x ``[B, H, W, C_in]`` with a weight ``[C, C_in, k, k]`` of its dtype; padding is 1."""
     return F.conv2d(x.permute(0, 3, 1, 2), weight, None, stride, 1).permute(0, 2, 3, 1).contiguous()
 
 
-@operator(
-    'conv_backward(Tensor dy, Tensor x, Tensor weight, int stride) -> (Tensor, Tensor)',
-    lambda dy, x, weight, stride: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
-)
-def conv_backward_op(dy, x, weight, stride):
+@operator(lambda dy, x, weight, stride: empty_like_each(x, weight))
+def conv_backward_op(dy: Tensor, x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`conv_op`."""
     dx, d_weight, _ = torch.ops.aten.convolution_backward(
         dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, None, [stride] * 2, [1, 1], [1, 1], False,

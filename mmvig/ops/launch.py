@@ -201,11 +201,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def empty_like_each(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous tensors of the same shapes."""
-    return tuple(x.new_empty(x.shape) for x in tensors)
-
-
 def compile_key(*tensors: Tensor) -> tuple:
     """The key for :func:`launch` of kernels that are compiled for no number among their arguments.
 

@@ -47,7 +47,8 @@ from mmvig.ops.bigla.plan import (
     scan_constants,
     tables,
 )
-from mmvig.ops.launch import Constants, ceil_div, empty_like_each, launch, multiprocessors
+from mmvig.ops.launch import Constants, ceil_div, launch, multiprocessors
+from mmvig.ops.operator import empty_like_each
 
 NORMALIZER = 16.0
 INTS = [*SHARED_INTS, *(f's_{x}{axis}' for x in ('g', 'dg') for axis in 'bth')]

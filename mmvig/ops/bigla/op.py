@@ -5,6 +5,8 @@ the output; only the output where a sequence is a single segment. Training keeps
 else.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,8 @@ from mmvig.ops.bigla.plan import (
     scan_constants,
     tables,
 )
-from mmvig.ops.launch import INTERPRETED, ceil_div, empty_like_each, launch
-from mmvig.ops.operator import differentiate, operator
+from mmvig.ops.launch import INTERPRETED, ceil_div, launch
+from mmvig.ops.operator import differentiate, empty_like_each, operator
 
 if INTERPRETED:
     SCANS = {float('inf'): {'BN': 2, 'BS': 2, 'WIDTH': 64, 'num_warps': 1, 'num_stages': 1}}
@@ -194,25 +196,29 @@ def backward(
     )  # fmt: skip
 
 
-INPUTS = 'Tensor q, Tensor k, Tensor v, Tensor g_fwd, Tensor g_bwd, float scale, float normalizer'
+class Inputs(NamedTuple):
+    """What the operator takes, or the gradients of it."""
+
+    q: Tensor  # [B, N, H, K], as k and the gates are
+    k: Tensor
+    v: Tensor  # [B, N, H, V]
+    g_fwd: Tensor
+    g_bwd: Tensor
 
 
-@operator(f'bigla({INPUTS}) -> Tensor', lambda q, k, v, *rest: v.new_empty(v.shape))
-def bigla_op(q, k, v, g_fwd, g_bwd, scale, normalizer):
+@operator(lambda inputs, *options: inputs.v.new_empty(inputs.v.shape))
+def bigla_op(inputs: Inputs, scale: float, normalizer: float) -> Tensor:
     """:func:`mmvig.ops.bigla.bigla` by Triton; arguments are validated."""
-    o = v.new_empty(v.shape)
-    forward(q, k, v, g_fwd, g_bwd, scale, normalizer, o)
+    o = inputs.v.new_empty(inputs.v.shape)
+    forward(*inputs, scale, normalizer, o)
     return o
 
 
-@operator(
-    f'bigla_backward(Tensor do, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
-    lambda do, q, k, v, g_fwd, g_bwd, *rest: empty_like_each(q, k, v, g_fwd, g_bwd),
-)
-def bigla_backward_op(do, q, k, v, g_fwd, g_bwd, scale, normalizer):
+@operator(lambda do, inputs, *options: empty_like_each(*inputs))
+def bigla_backward_op(do: Tensor, inputs: Inputs, scale: float, normalizer: float) -> Inputs:
     """Gradients of :func:`bigla_op`."""
-    grads = empty_like_each(q, k, v, g_fwd, g_bwd)
-    backward(do, q, k, v, g_fwd, g_bwd, scale, normalizer, grads)
+    grads = empty_like_each(*inputs)
+    backward(do, *inputs, scale, normalizer, grads)
     return grads
 
 
@@ -232,14 +238,8 @@ def views_of(qkv: Tensor, gates: Tensor, heads: int) -> tuple[Tensor, ...]:
     return tuple(views)
 
 
-PACKED = 'Tensor qkv, Tensor gates, int num_heads, float scale, float normalizer'
-
-
-@operator(
-    f'bigla_packed({PACKED}) -> Tensor',
-    lambda qkv, gates, *rest: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - gates.shape[2]),
-)
-def bigla_packed_op(qkv, gates, num_heads, scale, normalizer):
+@operator(lambda qkv, gates, *rest: qkv.new_empty(*qkv.shape[:2], qkv.shape[2] - gates.shape[2]))
+def bigla_packed_op(qkv: Tensor, gates: Tensor, num_heads: int, scale: float, normalizer: float) -> Tensor:
     """:func:`mmvig.ops.bigla.bigla_packed` by Triton; arguments are validated."""
     views = views_of(qkv, gates, num_heads)
     o = qkv.new_empty(views[2].shape)
@@ -247,11 +247,10 @@ def bigla_packed_op(qkv, gates, num_heads, scale, normalizer):
     return o.flatten(2)
 
 
-@operator(
-    f'bigla_packed_backward(Tensor do, {PACKED}) -> (Tensor, Tensor)',
-    lambda do, qkv, gates, *rest: empty_like_each(qkv, gates),
-)
-def bigla_packed_backward_op(do, qkv, gates, num_heads, scale, normalizer):
+@operator(lambda do, qkv, gates, *rest: empty_like_each(qkv, gates))
+def bigla_packed_backward_op(
+    do: Tensor, qkv: Tensor, gates: Tensor, num_heads: int, scale: float, normalizer: float
+) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`bigla_packed_op`, written side by side where a concatenation would put them."""
     grads = empty_like_each(qkv, gates)
     do = do.unflatten(-1, (num_heads, -1))

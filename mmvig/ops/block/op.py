@@ -29,33 +29,24 @@ from mmvig.ops.block import low_rank
 from mmvig.ops.block.half_weights import cast
 from mmvig.ops.block.operands import (
     Activations,
+    BlockGradients,
     BlockWeights,
     HalfWeights,
     Options,
     SmallGradients,
-    schema_of,
     take,
 )
 from mmvig.ops.block.partial_sums import sum_partials
 from mmvig.ops.dwconv import op as dwconv
 from mmvig.ops.gated_mix import op as gated_mix
 from mmvig.ops.norm import op as norm
-from mmvig.ops.operator import differentiate, operator, refuse_gradients
+from mmvig.ops.operator import differentiate, operator
 from mmvig.ops.persistent import is_capturing, persistent
 from mmvig.ops.swiglu import op as swiglu
 from mmvig.ops.torch_private import current_stream, strided_view
 
 # Whether PyTorch's products of half inputs can return float32.
 HAS_OUT_DTYPE = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 8)
-
-INPUTS = (
-    f'Tensor x, Tensor? branch, Tensor? scale, Tensor? branch_scale, {schema_of(BlockWeights)}, '
-    f'{schema_of(Options)}, ScalarType dtype'
-)
-KEPT = (
-    f'Tensor? scale, Tensor? branch_scale, Tensor s2, {schema_of(BlockWeights)}, '
-    f'{schema_of(Activations)}, {schema_of(Options)}'
-)
 
 
 class Low(NamedTuple):
@@ -154,8 +145,7 @@ def _of_heads(batch: int, tokens: int, heads: int, channels: int, width: int) ->
     return places
 
 
-def _fake_block(x, branch, scale, branch_scale, *rest):
-    weights, options, (dtype,) = take(rest, BlockWeights, Options)
+def _fake_block(x, branch, scale, branch_scale, weights, options, dtype):
     channels, rows = x.shape[3], x.shape[0] * x.shape[1] * x.shape[2]
 
     def low(*shape):
@@ -174,9 +164,13 @@ def _fake_block(x, branch, scale, branch_scale, *rest):
     return x.new_empty(x.shape), low(*x.shape), *kept
 
 
-def forward(keep, x, branch, scale, branch_scale, *rest) -> tuple[Tensor, ...]:
-    """The sum s' and its branch, and with ``keep`` the :class:`Activations`."""
-    w, (heads, eps, mix_eps, conv_act, out_act), (dtype,) = take(rest, BlockWeights, Options)
+@operator(_fake_block, outputs=2)
+def block_op(
+    keep, x: Tensor, branch: Tensor | None, scale: Tensor | None, branch_scale: Tensor | None,
+    w: BlockWeights, options: Options, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Activations]:  # fmt: skip
+    """A block's s' and its branch, and with ``keep`` the :class:`Activations`; arguments are validated."""
+    heads, eps, mix_eps, conv_act, out_act = options
     channels, rank, kept = x.shape[3], w.down.shape[0], {}
     s, y = norm.forward(x, branch, scale, w.norm1, w.norm1_bias, eps, dtype, 'none', False)
     if keep:
@@ -214,20 +208,10 @@ def forward(keep, x, branch, scale, branch_scale, *rest) -> tuple[Tensor, ...]:
     return (s, z, *Activations(**kept)) if keep else (s, z)
 
 
-@operator(f'block_inference({INPUTS}) -> (Tensor, Tensor)', lambda *args: _fake_block(*args)[:2])
-def block_inference_op(*args):
-    """:func:`block_op` where nothing is kept for a backward pass."""
-    return forward(False, *args)
+block_inference_op = block_op.inference  # the same without what is kept
 
 
-@operator(f'block({INPUTS}) -> ({", ".join(["Tensor"] * 9)})', _fake_block, inference=block_inference_op)
-def block_op(*args):
-    """A block's s' and its branch, and :class:`Activations`; arguments are validated."""
-    return forward(True, *args)
-
-
-def _fake_block_backward(dz, ds, scale, branch_scale, s2, *rest):
-    w, act, _ = take(rest, BlockWeights, Activations)
+def _fake_block_backward(dz, ds, scale, branch_scale, s2, w, act, options):
     dtype = w.qkv.dtype
 
     def of_weight(*shape):
@@ -240,14 +224,14 @@ def _fake_block_backward(dz, ds, scale, branch_scale, s2, *rest):
     )  # fmt: skip
 
 
-@operator(
-    f'block_backward(Tensor dz, Tensor? ds, {KEPT}) -> ({", ".join(["Tensor"] * 7)})', _fake_block_backward
-)
-def block_backward_op(dz, ds, scale, branch_scale, s2, *rest):
-    """Gradients of :func:`block_op`: of x, the branch and the weights, the small ones in one vector."""
-    w, (s, y, conved, u, wide, o, h), (heads, eps, mix_eps, conv_act, out_act), _ = take(
-        rest, BlockWeights, Activations, Options
-    )
+@operator(_fake_block_backward)
+def block_backward_op(
+    dz: Tensor, ds: Tensor | None, scale: Tensor | None, branch_scale: Tensor | None, s2: Tensor,
+    w: BlockWeights, kept: Activations, options: Options,
+) -> BlockGradients:  # fmt: skip
+    """Gradients of :func:`block_op`."""
+    s, y, conved, u, wide, o, h = kept
+    heads, eps, mix_eps, conv_act, out_act = options
     channels, rank, dtype, weight_dtype = s.shape[3], w.down.shape[0], o.dtype, w.qkv.dtype
     # Copied again: kept, the copies would take 2 % of a training step's memory.
     low = borrow(dtype, w)
@@ -306,7 +290,7 @@ def block_backward_op(dz, ds, scale, branch_scale, s2, *rest):
         *[(3, programs2, channels)] * kinds2, (4, *d_up.shape),
     )  # fmt: skip
     small = sum_partials((d_norm1, d_conv, d_mix, d_norm2, d_up), segments)
-    return dx, d_branch, small, d_in, d_out, d_fc1, d_fc2
+    return BlockGradients(dx, d_branch, small, d_in, d_out, d_fc1, d_fc2)
 
 
 def of_weight(d: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -347,5 +331,4 @@ def like(grad: Tensor, weight: Tensor | None) -> Tensor | None:
     return None if weight is None else grad.view_as(weight).to(weight.dtype)
 
 
-differentiate('block', _backward, _keep, outputs=2)
-refuse_gradients('block_inference')
+differentiate('block', _backward, _keep)

@@ -1,11 +1,10 @@
 """What a block's operator takes, keeps and gives back: each list once, in the order of its fields."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar, get_type_hints
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-SCHEMA = {Tensor: 'Tensor', Tensor | None: 'Tensor?', int: 'int', float: 'float', bool: 'bool'}
 Kind = TypeVar('Kind', bound=tuple)
 
 
@@ -54,6 +53,18 @@ class SmallGradients(NamedTuple):
     up_bias: Tensor
 
 
+class BlockGradients(NamedTuple):
+    """What the backward pass gives: of x, the branch, and weights that are one product or alone."""
+
+    x: Tensor
+    branch: Tensor
+    small: Tensor  # SmallGradients side by side
+    wide: Tensor  # [3C + rank, C]: of qkv, gate and down
+    out: Tensor
+    fc1: Tensor
+    fc2: Tensor
+
+
 class Options(NamedTuple):
     """What else decides what a block computes."""
 
@@ -85,11 +96,6 @@ class HalfWeights(NamedTuple):
     out: Tensor
     fc1: Tensor
     fc2: Tensor
-
-
-def schema_of(kind: type) -> str:
-    """The part of an operator's schema that a NamedTuple's fields are."""
-    return ', '.join(f'{SCHEMA[hint]} {name}' for name, hint in get_type_hints(kind).items())
 
 
 def take(values: Sequence, *kinds: type[Kind]) -> tuple:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmvig.ops.dwconv.kernels import COLUMNS, backward_kernel, forward_kernel
 from mmvig.ops.launch import Constants, ceil_div, compile_key, launch, multiprocessors
-from mmvig.ops.operator import differentiate, operator
+from mmvig.ops.operator import differentiate, empty_like_each, operator
 
 # Tuples in kernels: tried with 3.3.1, 3.4, 3.6 and 3.8.
 OLDEST_TRITON = 3, 3
@@ -79,16 +79,13 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return dx, dw
 
 
-@operator('dwconv3x3(Tensor x, Tensor weight) -> Tensor', lambda x, weight: x.new_empty(x.shape))
+@operator(lambda x, weight: x.new_empty(x.shape))
 def dwconv3x3_op(x: Tensor, weight: Tensor) -> Tensor:
     """:func:`mmvig.ops.dwconv.dwconv3x3` by Triton; arguments are validated."""
     return forward(x, weight)[0]
 
 
-@operator(
-    'dwconv3x3_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor, Tensor)',
-    lambda dy, x, weight: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
-)
+@operator(lambda dy, x, weight: empty_like_each(x, weight))
 def dwconv3x3_backward_op(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`dwconv3x3_op`."""
     dx, dw = backward(dy, x, weight)

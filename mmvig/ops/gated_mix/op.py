@@ -4,14 +4,15 @@ Importing this module imports Triton.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from mmvig.ops.gated_mix.kernels import backward_kernel, forward_kernel
-from mmvig.ops.launch import Constants, ceil_div, compile_key, empty_like_each, launch, multiprocessors
-from mmvig.ops.operator import differentiate, operator
+from mmvig.ops.launch import Constants, ceil_div, compile_key, launch, multiprocessors
+from mmvig.ops.operator import differentiate, empty_like_each, operator
 
 # Elements of a tile. Of the backward pass, whose programs sum up the weights' gradients: also the tiles
 # under way at once, and programs a multiprocessor.
@@ -67,43 +68,42 @@ def mix_backward(dy, long, gate, short, weight_long, weight_short, bias, eps, ac
     return dlong, dshort, y, dw
 
 
-INPUTS = (
-    'Tensor long, Tensor gate, Tensor short, Tensor weight_long, Tensor weight_short, Tensor weight_out, '
-    'float eps, bool act'
-)
+class Inputs(NamedTuple):
+    """What the operator takes."""
+
+    long: Tensor  # [..., H * V], as gate and short are
+    gate: Tensor
+    short: Tensor
+    weight_long: Tensor  # [V]
+    weight_short: Tensor  # [V]
+    weight_out: Tensor  # [C, H * V]
 
 
-@operator(
-    f'gated_mix({INPUTS}) -> Tensor',
-    lambda long, gate, short, wl, ws, weight_out, *rest: long.new_empty(
-        *long.shape[:-1], weight_out.shape[0]
-    ),
-)
-def gated_mix_op(long, gate, short, weight_long, weight_short, weight_out, eps, act):
+@operator(lambda x, eps, act: x.long.new_empty(*x.long.shape[:-1], x.weight_out.shape[0]))
+def gated_mix_op(inputs: Inputs, eps: float, act: bool) -> Tensor:
     """:func:`mmvig.ops.gated_mix.gated_mix` by Triton; arguments are validated, W_o of long's dtype."""
-    shape = long.shape
-    inputs = rows_of(long, gate, short)
-    y = mix(*inputs, weight_long.contiguous(), weight_short.contiguous(), None, eps, act)
-    return (y @ weight_out.t()).view(*shape[:-1], weight_out.shape[0])
+    *_, weight_long, weight_short, weight_out = inputs
+    y = mix(*rows_of(*inputs[:3]), weight_long.contiguous(), weight_short.contiguous(), None, eps, act)
+    return (y @ weight_out.t()).view(*inputs.long.shape[:-1], weight_out.shape[0])
 
 
-@operator(
-    f'gated_mix_backward(Tensor dz, {INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
-    lambda dz, *inputs: (
-        *empty_like_each(*inputs[:3]),
-        dz.new_empty(2, inputs[3].shape[0], dtype=torch.float32),
-        inputs[5].new_empty(inputs[5].shape),
-    ),
-)
-def gated_mix_backward_op(dz, long, gate, short, weight_long, weight_short, weight_out, eps, act):
+def _fake_gradients(dz, x, eps, act):
+    long, gate, short, weight_out = empty_like_each(x.long, x.gate, x.short, x.weight_out)
+    return long, gate, short, dz.new_empty(2, x.weight_long.shape[0], dtype=torch.float32), weight_out
+
+
+@operator(_fake_gradients)
+def gated_mix_backward_op(
+    dz: Tensor, inputs: Inputs, eps: float, act: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of :func:`gated_mix_op`, those of the norms' weights side by side ``[2, V]`` in float32."""
+    *_, weight_long, weight_short, weight_out = inputs
     dz = dz.reshape(-1, weight_out.shape[0])
     weights = weight_long.contiguous(), weight_short.contiguous()
-    shape = long.shape
-    inputs = rows_of(long, gate, short)
-    dgate = torch.empty_like(inputs[1])
-    dlong, dshort, y, dw = mix_backward(dz @ weight_out, *inputs, *weights, None, eps, act, dgate)
-    grads = (x.view(shape) for x in (dlong, dgate, dshort))
+    rows = rows_of(*inputs[:3])
+    dgate = torch.empty_like(rows[1])
+    dlong, dshort, y, dw = mix_backward(dz @ weight_out, *rows, *weights, None, eps, act, dgate)
+    grads = (x.view(inputs.long.shape) for x in (dlong, dgate, dshort))
     return *grads, dw.sum((1, 2)), dz.t() @ y
 
 

@@ -86,59 +86,56 @@ def of_weights(dw: Tensor, *weights: Tensor | None) -> tuple[Tensor | None, ...]
     return tuple(None if weight is None else next(rows).to(weight.dtype) for weight in weights)
 
 
-WEIGHTS = 'Tensor weight, Tensor? bias, float eps'
-
-
 def shape_of(x: Tensor, first: bool) -> tuple[int, ...]:
     """The shape of maps like ``x``, with channels first or last."""
     batch, height, width, channels = x.shape
     return (batch, channels, height, width) if first else (batch, height, width, channels)
 
 
-@operator(
-    'norm(Tensor x, Tensor weight, Tensor? bias, Tensor? shift, float eps, ScalarType dtype, str act, '
-    'bool first) -> Tensor',
-    lambda x, weight, bias, shift, eps, dtype, act, first: x.new_empty(shape_of(x, first), dtype=dtype),
-)
-def norm_op(x, weight, bias, shift, eps, dtype, act, first):
+@operator(lambda x, w, b, shift, eps, dtype, act, first: x.new_empty(shape_of(x, first), dtype=dtype))
+def norm_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, eps: float, dtype:
+    torch.dtype, act: str, first: bool,
+) -> Tensor:  # fmt: skip
     """:func:`mmvig.ops.norm.norm` by Triton; arguments are validated."""
     return forward(x, None, None, weight, bias, eps, dtype, act, first, shift)[1]
 
 
-@operator(
-    'norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? shift, float eps, str act, '
-    'bool first) -> (Tensor, Tensor)',
-    lambda dy, x, weight, bias, shift, *rest: (x.new_empty(x.shape), _fake_dw(weight, bias, shift)),
-)
-def norm_backward_op(dy, x, weight, bias, shift, eps, act, first):
+@operator(lambda dy, x, weight, bias, shift, *rest: (x.new_empty(x.shape), _fake_dw(weight, bias, shift)))
+def norm_backward_op(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, eps: float, act:
+    str, first: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`norm_op`, those of the weights side by side in float32."""
     dx, _, dw = backward(None, dy, x, None, weight, bias, eps, act, first, None, shift)
     return dx, dw.sum(1)
 
 
 @operator(
-    f'add_norm(Tensor x, Tensor branch, Tensor? scale, {WEIGHTS}, ScalarType dtype, bool first)'
-    ' -> (Tensor, Tensor)',
     lambda x, branch, scale, weight, bias, eps, dtype, first: (
         x.new_empty(x.shape),
         x.new_empty(shape_of(x, first), dtype=dtype),
-    ),
+    )
 )
-def add_norm_op(x, branch, scale, weight, bias, eps, dtype, first):
+def add_norm_op(
+    x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float,
+    dtype: torch.dtype, first: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """:func:`mmvig.ops.norm.add_norm` by Triton; arguments are validated."""
     return forward(x, branch, scale, weight, bias, eps, dtype, 'none', first)
 
 
 @operator(
-    f'add_norm_backward(Tensor ds, Tensor dy, Tensor s, Tensor? scale, {WEIGHTS}, bool first,'
-    ' ScalarType branch_dtype) -> (Tensor, Tensor, Tensor)',
     lambda ds, dy, s, scale, weight, bias, eps, first, branch_dtype: (
         s.new_empty(s.shape),
         s.new_empty(s.shape, dtype=branch_dtype),
         _fake_dw(weight, bias),
-    ),
+    )
 )
-def add_norm_backward_op(ds, dy, s, scale, weight, bias, eps, first, branch_dtype):
+def add_norm_backward_op(
+    ds: Tensor, dy: Tensor, s: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor | None, eps:
+    float, first: bool, branch_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of :func:`add_norm_op`, those of the weights side by side in float32."""
     dx, dbranch, dw = backward(ds, dy, s, scale, weight, bias, eps, 'none', first, branch_dtype)
     return dx, dbranch, dw.sum(1)

@@ -8,8 +8,8 @@ import functools
 import torch
 from torch import Tensor
 
-from mmvig.ops.launch import Constants, ceil_div, compile_key, empty_like_each, launch, multiprocessors
-from mmvig.ops.operator import differentiate, operator
+from mmvig.ops.launch import Constants, ceil_div, compile_key, launch, multiprocessors
+from mmvig.ops.operator import differentiate, empty_like_each, operator
 from mmvig.ops.swiglu.kernels import (
     backward_kernel,
     forward_kernel,
@@ -127,19 +127,13 @@ def project_backward(dz: Tensor, weight: Tensor, h: Tensor) -> tuple[Tensor, Ten
     return dh, activated
 
 
-@operator(
-    'swiglu(Tensor x, Tensor weight) -> Tensor',
-    lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]),
-)
+@operator(lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
 def swiglu_op(x: Tensor, weight: Tensor) -> Tensor:
     """:func:`mmvig.ops.swiglu.swiglu` by Triton; arguments are validated and of one dtype."""
     return (activate(x.contiguous()) @ weight.t()).view(*x.shape[:-1], weight.shape[0])
 
 
-@operator(
-    'swiglu_backward(Tensor dz, Tensor x, Tensor weight) -> (Tensor, Tensor)',
-    lambda dz, x, weight: empty_like_each(x, weight),
-)
+@operator(lambda dz, x, weight: empty_like_each(x, weight))
 def swiglu_backward_op(dz: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`swiglu_op`."""
     dz = dz.reshape(-1, weight.shape[0])
