@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import get_args, get_type_hints
 
 import torch
@@ -40,65 +41,56 @@ def operator(fake: Callable, outputs: int | None = None) -> Callable:
         name = function.__name__.removesuffix('_op')
         hints = get_type_hints(function)
         results = hints.pop('return')
-        schema = ', '.join(f'{SCHEMA[hint]} {field}' for field, hint in _fields(hints.items()))
-        count = len(list(_fields(enumerate(get_args(results) or [results]))))
-        make = _flat(fake, hints.values())
-        if outputs is None:
-            call = _define(name, schema, count, _flat(function, hints.values()), make)
-            return functools.wraps(function)(call)
-        _outputs[name] = outputs
-        keeps, forgets = (_flat(functools.partial(function, x), hints.values()) for x in (True, False))
-        # An operator with one result returns no tuple.
-        first = (lambda results: results[0]) if outputs == 1 else (lambda results: results[:outputs])
-        inference = _define(
-            f'{name}_inference', schema, outputs,
-            lambda *args: first(forgets(*args)), lambda *args: first(make(*args)),
-        )  # fmt: skip
-        refuse_gradients(f'{name}_inference')
-        call = _define(
-            name, schema, count, keeps, make,
-            inference if outputs > 1 else lambda *args: (inference(*args),),
-        )  # fmt: skip
-        return functools.wraps(function)(call)
+        takes = ', '.join(f'{SCHEMA[hint]} {field}' for field, hint in _fields(hints.items()))
+        gives = _tensors(len(_fields(enumerate(get_args(results) or [results]))))
+        make, inference = _flat(fake, hints), None
+        if outputs:
+            _outputs[name] = outputs
+            forget = _flat(functools.partial(function, False), hints)
+            run = _flat(functools.partial(function, True), hints)
+            # An operator with one result returns no tuple.
+            first = (lambda results: results[0]) if outputs == 1 else (lambda results: results[:outputs])
+            inference = _define(
+                f'{name}_inference({takes}) -> {_tensors(outputs)}',
+                lambda *args: first(forget(*args)),
+                lambda *args: first(make(*args)),
+            )
+            refuse_gradients(f'{name}_inference')
+        else:
+            run = _flat(function, hints)
+        return functools.wraps(function)(_define(f'{name}({takes}) -> {gives}', run, make, inference))
 
     return register
 
 
-def _fields(parameters: Iterable[tuple]) -> Iterable[tuple]:
+def _tensors(count: int) -> str:
+    return f'({", ".join(["Tensor"] * count)})'
+
+
+def _fields(parameters: Iterable[tuple]) -> list[tuple]:
     """Names and annotations of parameters; instead of a NamedTuple, those of its fields."""
+    found = []
     for name, hint in parameters:
-        yield from get_type_hints(hint).items() if hasattr(hint, '_fields') else [(name, hint)]
+        found += get_type_hints(hint).items() if hasattr(hint, '_fields') else [(name, hint)]
+    return found
 
 
-def _flat(function: Callable, hints: Iterable) -> Callable:
+def _flat(function: Callable, hints: dict) -> Callable:
     """A function that takes the fields of its NamedTuples one by one."""
-    parts, start = [], 0
-    for hint in hints:
-        grouped = hasattr(hint, '_fields')
-        stop = start + (len(hint._fields) if grouped else 1)
-        parts.append((hint._make if grouped else None, slice(start, stop)))
-        start = stop
-    if start == len(parts):
-        return function
+    kinds = [hint if hasattr(hint, '_fields') else None for hint in hints.values()]
 
     def run(*args):
-        return function(*[make(args[place]) if make else args[place.start] for make, place in parts])
+        rest = iter(args)
+        return function(*[kind(*islice(rest, len(kind._fields))) if kind else next(rest) for kind in kinds])
 
-    return run
+    return run if any(kinds) else function
 
 
-def _define(
-    name: str,
-    schema: str,
-    count: int,
-    function: Callable,
-    fake: Callable,
-    inference: Callable | None = None,
-) -> Callable:
-    """Register an operator with ``count`` results, and return what calls it or ``inference``."""
-    results = f'({", ".join(["Tensor"] * count)})'
-    _library.define(f'{name}({schema}) -> {results}', tags=torch.Tag.pt2_compliant_tag)
+def _define(schema: str, function: Callable, fake: Callable, inference: Callable | None = None) -> Callable:
+    """Register an operator, and return what calls it or ``inference``."""
+    name = schema.split('(')[0]
     function = on_device(function)
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, function, 'CompositeExplicitAutograd')
     torch.library.register_fake(f'mmvig::{name}', fake, lib=_library)
     op = getattr(torch.ops.mmvig, name).default
@@ -106,14 +98,18 @@ def _define(
 
     def call(*args):
         if inference and not torch.is_grad_enabled():
-            return inference(*args)
+            return infer(*args)
         if torch.compiler.is_compiling() or is_watched() or not PLAIN.issuperset(map(type, args)):
             return op(*args)
         if torch.is_grad_enabled():
             for x in args:
                 if type(x) in PLAIN_TENSORS and x.requires_grad:
                     return _nodes[name].apply(*args)
-        return (inference or function)(*args)
+        return (infer if inference else function)(*args)
+
+    def infer(*args):
+        result = inference(*args)
+        return result if isinstance(result, tuple) else (result,)
 
     call.op, call.inference = op, inference
     return call
