@@ -1,10 +1,11 @@
 """Two processes with half a batch each train as one process with the whole batch."""
 
 import os
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from programs import run_well
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,9 +41,8 @@ def test_two_processes_equal_one(tmp_path):
     """The two recompute their blocks in the backward pass besides, the one does not."""
     single, double = tmp_path / 'single.pth', tmp_path / 'double.pth'
     train(0, 1, single, with_cp=False)
-    commands = [[sys.executable, __file__, str(rank), '2', str(double)] for rank in (0, 1)]
-    processes = [subprocess.Popen(command) for command in commands]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rank: run_well(__file__, rank, 2, double, cwd=tmp_path), (0, 1)))
     torch.manual_seed(0)
     initial = ViGH(ARCH, out_indices=(0, 1)).parameters()
     moved = 0

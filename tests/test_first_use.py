@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_tool, run_well
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -314,34 +316,40 @@ def test_a_folder_that_cannot_be_locked(compiled, tmp_path):
 
 
 def test_a_killed_holder_does_not_block(said, tmp_path, monkeypatch):
-    script = f"""from mmvig.first_use import _alone
+    (tmp_path / 'it.py').write_text(f"""
+import os, time
+from mmvig.first_use import _alone
 with _alone({str(tmp_path)!r}):
-    print(1, flush=True)
-    input()
-"""
+    with open('new', 'w') as file:
+        file.write(str(os.getpid()))
+    os.rename('new', 'holder')
+    time.sleep(100)
+""")
     monkeypatch.setattr(first_use, 'PATIENCE', 0.1)
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, '-c', script], stdin=pipe, stdout=pipe) as holder:
-        assert holder.stdout.readline() == b'1\n'
-        threading.Timer(0.5, holder.send_signal, [signal.SIGKILL]).start()
+    with ThreadPoolExecutor(1) as pool:
+        holder = pool.submit(run_tool, str(tmp_path / 'it.py'), cwd=tmp_path, timeout=100)
+        while not (tmp_path / 'holder').exists():
+            assert not holder.done(), holder.result()
+            time.sleep(0.01)
+        number = int((tmp_path / 'holder').read_text())
+        threading.Timer(0.5, os.kill, [number, signal.SIGKILL]).start()
         start = time.monotonic()
         with first_use._alone(str(tmp_path)):
             assert 0.3 < time.monotonic() - start < 10
+    assert holder.result().returncode == -signal.SIGKILL
     assert said == [f'waiting for another process that compiles kernels ({tmp_path / "mmvig.lock"})']
 
 
 def launches(*args, cache):
-    """A process of launch_arguments.py."""
-    env = {key: value for key, value in os.environ.items() if key != 'TRITON_INTERPRET'}
-    env = {**env, 'TRITON_CACHE_DIR': str(cache)}
-    return subprocess.Popen([sys.executable, LAUNCHES, *args], env=env, stdout=subprocess.PIPE, text=True)
+    """What a process of launch_arguments.py says."""
+    return run_well(str(LAUNCHES), *args, cwd=cache, TRITON_CACHE_DIR=str(cache)).splitlines()
 
 
 @on_cpu
 def test_processes_compile_each_kernel_once(tmp_path):
-    both = [launches('compile', cache=tmp_path) for _ in range(2)]
-    lines = [process.communicate()[0].splitlines()[-1] for process in both]
-    assert sorted(lines) == ['compiled 0 of 3', 'compiled 4 of 3'], lines  # and the compiler's trial
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: launches('compile', cache=tmp_path)[-1], range(2)))
+    assert sorted(both) == ['compiled 0 of 3', 'compiled 4 of 3'], both  # and the compiler's trial
 
 
 # Launches.
@@ -350,9 +358,8 @@ def test_processes_compile_each_kernel_once(tmp_path):
 @on_cpu
 def test_launches_pass_what_tritons_do(tmp_path):
     """On the version of Triton that is installed; run the script with others in PYTHONPATH."""
-    process = launches(cache=tmp_path)
-    lines = process.communicate()[0].splitlines()
-    assert process.returncode == 0 and len(lines) == 3, lines
+    lines = launches(cache=tmp_path)
+    assert len(lines) == 3, lines
 
 
 class Kernel:

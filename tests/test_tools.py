@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from programs import SETTINGS, TOOLS, run_tool, run_well
+from programs import TOOLS, run_tool, run_well
 from small_configs import MASK_RCNN, UPERNET, write_small
 
 from mmvig.engine import cli
@@ -78,14 +78,12 @@ def pictures(folder):
 
 @pytest.fixture
 def quick_start(monkeypatch, capsys, tmp_path):
-    """Run tools/quickstart.py in this process; its training in a fork, which has its imports."""
-    start = subprocess.run
+    """Run tools/quickstart.py in this process; each of its steps in a fork, which has its imports."""
 
-    def train_in_fork(command):
-        if Path(command[1]).name == 'train.py':
-            result = run_tool('train.py', *command[2:], cwd=tmp_path)
-        else:
-            result = start(command, env={**os.environ, **SETTINGS}, capture_output=True, text=True)
+    def in_fork(command):
+        python, script, *arguments = command
+        assert Path(python).samefile(sys.executable)
+        result = run_tool(os.path.abspath(script), *arguments, cwd=tmp_path)
         print(result.stderr, file=sys.stderr)
         return result
 
@@ -93,7 +91,7 @@ def quick_start(monkeypatch, capsys, tmp_path):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, 'argv', ['quickstart.py', *map(str, arguments)])
         with monkeypatch.context() as patch:
-            patch.setattr(subprocess, 'run', train_in_fork)
+            patch.setattr(subprocess, 'run', in_fork)
             load('quickstart.py').main()
         return capsys.readouterr().out
 

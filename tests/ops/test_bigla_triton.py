@@ -1,16 +1,15 @@
 """BiGLA's Triton backend: small cases in Triton's interpreter, the full sweep on a GPU (pytest -m gpu)."""
 
 import math
-import os
-import subprocess
-import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from programs import run_tool, run_well
 from torch.utils.checkpoint import checkpoint
 
 from mmvig.ops import bigla, bigla_packed
@@ -19,6 +18,7 @@ from mmvig.ops.bigla import unpack
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = 'cuda' if ON_GPU else 'cpu'  # where conftest.py has Triton interpret its kernels
+HERE = Path(__file__).parent
 
 NAMES = ('o', 'q', 'k', 'v', 'g_fwd', 'g_bwd')
 GATES = ['normal', 'strong', 'closed', 'open', 'mixed']
@@ -316,8 +316,8 @@ def test_refuses_what_it_cannot_take():
     assert bigla(*wide).shape == wide[2].shape
 
 
-def test_other_devices_are_refused_or_fall_back():
-    code = """
+def test_other_devices_are_refused_or_fall_back(tmp_path):
+    (tmp_path / 'it.py').write_text("""
 import logging, torch
 from mmvig.ops import bigla
 logging.basicConfig(format='%(message)s')
@@ -327,33 +327,24 @@ try:
     bigla(*x, backend='triton')
 except ValueError as error:
     print(error)
-"""
-    env = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
-    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True)
-    assert "backend 'triton' cannot run here: it runs on CUDA devices" in done.stdout
+""")
+    said = run_well(str(tmp_path / 'it.py'), cwd=tmp_path)
+    assert "backend 'triton' cannot run here: it runs on CUDA devices" in said
 
 
 @pytest.mark.skipif(ON_GPU, reason='needs no GPU; there the sweep compiles for the one at hand')
 @pytest.mark.parametrize('capability', [80, 100])
-def test_kernels_fit_other_gpus(capability):
+def test_kernels_fit_other_gpus(capability, tmp_path):
     """Compiled without a GPU: within what any of them gives a program, and a kernel for each launch."""
-    done = subprocess.run(
-        [sys.executable, os.path.join(os.path.dirname(__file__), 'compile_kernels.py'), str(capability)],
-        env={k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = done.stdout.splitlines()
+    lines = run_well(str(HERE / 'compile_kernels.py'), capability, cwd=tmp_path).splitlines()
     most = 227 if capability >= 90 else 163
     shared = [int(line.split()[2]) / (most if ' project_' in line else 99) for line in lines]
-    assert len(shared) == 28 and max(shared) <= 1024, done.stdout
+    assert len(shared) == 28 and max(shared) <= 1024, lines
 
 
-def test_what_the_sanitizer_runs_starts_by_itself():
+def test_what_the_sanitizer_runs_starts_by_itself(tmp_path):
     """Without pytest, which finds modules that a script does not."""
-    script = os.path.join(os.path.dirname(__file__), 'sanitize.py')
-    done = subprocess.run([sys.executable, script, 'nothing'], capture_output=True, text=True)
+    done = run_tool(str(HERE / 'sanitize.py'), 'nothing', cwd=tmp_path)
     assert done.returncode == 2
     assert "unknown job nothing, choose from ['bigla', 'fused']" in done.stderr
 
