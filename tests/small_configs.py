@@ -21,7 +21,20 @@ arch = dict(_delete_=True, embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 
 channels = [32, 64, 128, 256]
 """
 _DETECTOR = """
-model = dict(backbone=dict(arch=arch), neck=dict(in_channels=channels))
+narrow, few = dict(in_channels=16), dict(max_per_img=30)
+model = dict(
+    backbone=dict(arch=arch),
+    neck=dict(in_channels=channels, out_channels=16),
+    rpn_head=dict(feat_channels=16, **narrow),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(fc_out_channels=32, **narrow),
+        mask_roi_extractor=dict(out_channels=16),
+        mask_head=dict(num_convs=1, conv_out_channels=16, **narrow),
+    ),
+    train_cfg=dict(rpn_proposal=few, rcnn=dict(sampler=dict(num=32))),
+    test_cfg=dict(rpn=few, rcnn=dict(max_per_img=10)),
+)
 val_evaluator = dict(ann_file=data_root + '/annotations/instances_val.json')
 test_evaluator = val_evaluator
 """

@@ -30,15 +30,14 @@ model = dict(
     head=dict(num_classes=10, in_channels=32),
 )
 """
-# Two of four scales: test_pooling_is_pytorchs has all.
+# Two of four scales, which test_pooling_is_pytorchs has all, and two of four stages.
 UPERNET = f"""
 _base_ = [{str(ROOT / 'configs/segmentation/upernet_vigh_t_shapes.py')!r}]
-channels = [32, 64, 128, 256]
-arch = dict(_delete_=True, embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
+arch = dict(_delete_=True, embed_dims=32, depths=[1, 1], num_heads=[1, 2])
 model = dict(
-    backbone=dict(arch=arch),
-    decode_head=dict(in_channels=channels, channels=16, pool_scales=(1, 3)),
-    auxiliary_head=dict(in_channels=128, channels=16),
+    backbone=dict(arch=arch, out_indices=(0, 1)),
+    decode_head=dict(in_channels=[32, 64], in_index=[0, 1], channels=16, pool_scales=(1, 3)),
+    auxiliary_head=dict(in_channels=64, in_index=1, channels=16),
 )
 """
 MASK_RCNN = ROOT / 'configs/detection/maskrcnn_vigh_t.py'
