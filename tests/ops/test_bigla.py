@@ -203,7 +203,7 @@ def test_float32_gates_go_with_half_precision_inputs():
 
 @pytest.mark.parametrize('gates', GATES)
 def test_gradcheck(gates):
-    inputs = [x.requires_grad_() for x in make_inputs(11, 3, 2, batch=1, heads=2, gates=gates)]
+    inputs = [x.requires_grad_() for x in make_inputs(11, 3, 2, batch=1, heads=1, gates=gates)]
     assert gradcheck(lambda *x: bigla(*x, backend='chunked'), inputs)
     assert gradcheck(lambda *x: bigla(*x, backend='reference'), inputs)
 
@@ -307,7 +307,7 @@ def test_memory_and_work_are_linear_in_tokens():
 
 
 def test_compiled_with_dynamic_length_and_backward(monkeypatch):
-    monkeypatch.setattr(chunked, 'TRACED_STEPS', 2)  # 4 groups; tracing takes 3 s a step
+    monkeypatch.setattr(chunked, 'TRACED_STEPS', 1)  # 2 groups; tracing takes 3 s a step
     compiled = torch.compile(bigla, fullgraph=True, backend='aot_eager', dynamic=True)
     for num_tokens in (40, 41, 200):
         inputs = [x.requires_grad_() for x in make_inputs(num_tokens)]
