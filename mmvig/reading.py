@@ -23,6 +23,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim import OneCycleParamScheduler
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
+from mmvig import hub
 from mmvig.engine.preflight import local_rank
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,9 @@ def load(address: str | Path, map_location: str | torch.device | Callable = 'cpu
     """What a checkpoint file holds, read without running code from it (``weights_only=True``).
 
     Args:
-        address: a path, an http(s) URL (see :func:`download`), or whatever else mmengine's
-            CheckpointLoader knows, such as ``s3://``, ``torchvision://`` or a user's own scheme.
+        address: a path, an http(s) URL (see :func:`download`), an address on the Hugging Face hub (see
+            :func:`mmvig.hub.fetch`), or whatever else mmengine's CheckpointLoader knows, such as ``s3://``,
+            ``torchvision://`` or a user's own scheme.
         map_location: of ``torch.load``. Default: 'cpu'.
 
     Raises:
@@ -74,6 +76,8 @@ def load(address: str | Path, map_location: str | torch.device | Callable = 'cpu
                 raise RuntimeError(f'{address} cannot be read: {kind}: {_reason(error)}') from error
     if address.startswith(('http://', 'https://')):
         return _load_file(download(address), map_location)
+    if address.startswith(hub.PREFIX):
+        return _load_file(hub.fetch(address), map_location)
     path = Path(address.removeprefix('local://')).expanduser()
     if not path.is_file():
         why = 'is a folder' if path.is_dir() else f'does not exist (looked in {Path.cwd()})'
@@ -163,7 +167,8 @@ def _sha256(path: Path) -> str:
 def _scheme_loader(address: str) -> Callable | None:
     """The loader registered for an address, None where mmengine would read a file or a URL itself."""
     loader = mmengine_checkpoint.CheckpointLoader._get_checkpoint_loader(address)
-    plain = (load_from_local, load_from_http, mmengine_checkpoint.load_from_local, _MMENGINES_HTTP)
+    plain = (load_from_local, load_from_http, load_from_hub)
+    plain = (*plain, mmengine_checkpoint.load_from_local, _MMENGINES_HTTP)
     return None if loader in plain else loader
 
 
@@ -203,6 +208,16 @@ def load_from_local(filename: str, map_location=None) -> object:
 def load_from_http(filename: str, map_location=None, **_) -> object:
     """The same for a URL, called in place of mmengine's function of this name."""
     return without_code(load(filename, map_location))
+
+
+def load_from_hub(filename: str, map_location=None) -> object:
+    """The same for a file on the Hugging Face hub."""
+    return without_code(load(filename, map_location))
+
+
+# Every program that has imported mmvig's models can start from one: mmengine has no such loader.
+if hub.PREFIX not in mmengine_checkpoint.CheckpointLoader._schemes:
+    mmengine_checkpoint.CheckpointLoader.register_scheme(hub.PREFIX, load_from_hub)
 
 
 def without_code(content: object) -> object:

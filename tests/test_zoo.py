@@ -75,6 +75,9 @@ def test_the_page_and_the_metafile_give_the_same_result_to_the_same_people(confi
     metrics = [metric for each in entry.get('Results', []) for metric in each['Metrics'].values()]
     assert result == (' / '.join(map(str, metrics)) or '-')
     expected = 'official' if 'Converted From' in entry else 'ours' if metrics else 'not trained yet'
+    address = entry.get('Converted From', {}).get('Weights', '')
+    if address.endswith('.pth'):
+        expected = f'official, [`{address.rpartition("/")[2]}`]({address})'
     assert whose == expected
     assert 'Weights' not in entry, 'there is no file of ours to download'
     metadata = entry['Metadata']
