@@ -47,11 +47,6 @@ def trust() -> None:
     _trusted = True
 
 
-def trusted() -> bool:
-    """Whether :func:`trust` was called."""
-    return _trusted
-
-
 def load(address: str | Path, map_location: str | torch.device | Callable = 'cpu') -> object:
     """What a checkpoint file holds, read without running code from it (``weights_only=True``).
 

@@ -143,7 +143,7 @@ class _CoreCalls:
     def __init__(self):
         self.widths: set[tuple[int, int]] = set()
 
-    def __call__(self, qkv: Tensor, gates: Tensor, num_heads: int, **_) -> Tensor:
+    def __call__(self, qkv: Tensor, gates: Tensor, num_heads: int, backend: str) -> Tensor:
         # [B, N, H, K or V] -> [N, B * H, K or V]
         rows = [x.transpose(0, 1).flatten(1, 2) for x in unpack(qkv, gates, num_heads)]
         widths = rows[0].shape[-1], rows[2].shape[-1]

@@ -114,7 +114,7 @@ def test_is_a_torch_operator(monkeypatch):
     args = arguments(make('ViG-T'), (*make_inputs(branch=False), None), monkeypatch)
     torch.library.opcheck(ops.block_op.op, args)
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-    torch.library.opcheck(ops.block_inference_op.op, args)
+    torch.library.opcheck(ops.block_op.inference.op, args)
 
 
 def test_second_derivative_is_refused():
@@ -166,7 +166,7 @@ def test_inference_has_no_gradient(monkeypatch):
     """As where a graph made without gradients is called with them."""
     inputs = make_inputs(branch=False)
     args = arguments(make('ViG-T'), (*inputs, None), monkeypatch)
-    s, _ = ops.block_inference_op.op(*args)
+    s, _ = ops.block_op.inference.op(*args)
     with pytest.raises(RuntimeError, match='with gradients disabled'):
         s.sum().backward()
 

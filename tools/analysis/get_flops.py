@@ -75,7 +75,7 @@ def count(model: nn.Module, *inputs, **options) -> dict[str, dict[str, int]]:
         ``params`` and ``macs`` (multiply-adds) of each direct submodule with parameters, and of 'total'.
     """
 
-    def stand_in(qkv: Tensor, gates: Tensor, num_heads: int, **_) -> Tensor:
+    def stand_in(qkv: Tensor, gates: Tensor, num_heads: int, backend: str) -> Tensor:
         return torch.ops.mmvig_get_flops.bigla(qkv, gates, num_heads)
 
     formulas = {torch.ops.mmvig_get_flops.bigla: bigla_flops}

@@ -208,9 +208,6 @@ def block_op(
     return (s, z, *Activations(**kept)) if keep else (s, z)
 
 
-block_inference_op = block_op.inference  # the same without what is kept
-
-
 def _fake_block_backward(dz, ds, scale, branch_scale, s2, w, act, options):
     dtype = w.qkv.dtype
 
