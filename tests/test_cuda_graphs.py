@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from programs import run_well
 from torch._dynamo.utils import counters
 
 from mmvig.backbones import ViG, ViGH
@@ -403,9 +404,9 @@ def test_nested_tensors_keep_their_nesting():
     assert list(capture.tensors_of((tensors[0], {'a': 1}))) == [tensors[0], None]
 
 
-def test_precisions_are_read_by_the_interface_in_use():
+def test_precisions_are_read_by_the_interface_in_use(tmp_path):
     """In a process of its own, as the newer settings forbid reading the older ones for good."""
-    code = """
+    (tmp_path / 'it.py').write_text("""
 import torch
 from mmvig.cuda_graphs.policy import _precisions
 before = _precisions()
@@ -415,8 +416,8 @@ if hasattr(torch.backends.cuda.matmul, 'fp32_precision'):
 else:
     torch.backends.cuda.matmul.allow_tf32 = True
 assert _precisions() != before
-"""
-    subprocess.run([sys.executable, '-c', code], check=True)
+""")
+    run_well(str(tmp_path / 'it.py'), cwd=tmp_path)
 
 
 def test_refused_kinds_stay_without(policy):

@@ -429,6 +429,7 @@ def test_mmdet_trains_our_config_and_rebuilds_it_by_itself(tmp_path, image):
         options=[
             f'val_evaluator.ann_file={annotations}',
             'train_dataloader.dataset.pipeline.2.scale=(80,60)',
+            *(f'{key}={value}' for key, value in TWO_STAGE.items()),
         ],
     )
     model = init_detector(config, str(tmp_path / 'detector.pth'), device='cpu')
