@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def reciprocal(x):
 @triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)) of float32 x."""
-    return reciprocal(1 + exp2(x * -1.4426950408889634))
+    return reciprocal(1 + exp2(x * -LOG2E))
 
 
 @triton.jit

@@ -19,6 +19,7 @@ INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 VERSION = tuple(map(int, triton.__version__.split('.')[:2]))
 FAST_LAUNCH = not INTERPRETED and (3, 4) <= VERSION <= (3, 8)
 MIN_CAPABILITY = (8, 0)
+MAX_GRID = 65535  # programs in a grid's second and third dimensions
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, oldest: tuple[int, int] = (0, 0)) -> str | None:

@@ -38,7 +38,6 @@ from mmvig.engine.preflight import SetupError, check_checkpoint, check_file, one
 
 DEFAULT_SHAPE = (224, 224)
 MAX_NOISE = 100_000
-CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 SHARES = (0.2, 0.5, 0.99)
 FLOOR = 1e-4  # of the peak: the darkest colour
 
@@ -140,13 +139,13 @@ def pair_up(models: Sequence[str]) -> list[tuple[str, str | None]]:
     pairs: list[tuple[str, str | None]] = []
     free = False  # whether the last config may still get a checkpoint
     for path in models:
-        if path.endswith(CONFIG_SUFFIXES):
+        if path.endswith(cli.CONFIG_SUFFIXES):
             pairs.append((path, None))
         elif not free:
             raise SetupError(f'{path} follows no config: give CONFIG [CHECKPOINT], once or several times')
         else:
             pairs[-1] = (pairs[-1][0], None if path == 'none' else path)
-        free = path.endswith(CONFIG_SUFFIXES)
+        free = path.endswith(cli.CONFIG_SUFFIXES)
     return pairs
 
 

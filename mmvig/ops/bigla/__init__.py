@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from mmvig.ops.arguments import FLOATS, check_tensors
 from mmvig.ops.backend import why_not_triton
 from mmvig.ops.bigla.forms import bigla_chunked
 from mmvig.ops.bigla.reference import bigla_reference
@@ -21,7 +22,6 @@ GATE_NORMALIZER = 16.0
 BACKENDS = ('reference', 'chunked', 'triton')
 # Widths K and V that the Triton kernels take.
 MAX_WIDTH = 256
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def bigla(
@@ -122,7 +122,7 @@ def bigla_packed(
     if (
         qkv.shape[:2] != gates.shape[:2]
         or gates.dtype not in (qkv.dtype, torch.float32)
-        or not (qkv.shape[1] and qkv.device == gates.device and qkv.dtype in DTYPES)
+        or not (qkv.shape[1] and qkv.device == gates.device and qkv.dtype in FLOATS)
     ):
         _check_tensors(
             *unpack(qkv, gates, num_heads)
@@ -195,19 +195,14 @@ def _check_options(scale: float | None, gate_normalizer: float, key_dim: int) ->
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, g_fwd: Tensor, g_bwd: Tensor) -> None:
     tensors = {'q': q, 'k': k, 'v': v, 'g_fwd': g_fwd, 'g_bwd': g_bwd}
+    check_tensors(tensors)
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f'{name} must be a torch.Tensor, got {type(x).__name__}')
-        if x.dtype not in DTYPES:
-            raise TypeError(f'{name} must be float16, bfloat16, float32 or float64, got {x.dtype}')
         if x.ndim != 4:
             raise ValueError(f'{name} must have 4 dimensions [B, N, H, K or V], got {_shape(x)}')
         allowed = (q.dtype, torch.float32) if name.startswith('g_') else (q.dtype,)
         if x.dtype not in allowed:
             expected = ' or '.join(str(dtype) for dtype in dict.fromkeys(allowed))
             raise TypeError(f'{name} must have dtype {expected} to go with q, got {x.dtype}')
-        if x.device != q.device:
-            raise ValueError(f'{name} must be on the device of q, {q.device}, got {x.device}')
         if name != 'v' and x.shape != q.shape:
             raise ValueError(f'{name} must have the shape of q, {_shape(q)}, got {_shape(x)}')
     if v.shape[:3] != q.shape[:3]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from mmvig.ops.bigla import kernels
 from mmvig.ops.bigla.plan import (
     GROUP,
-    MAX_GRID,
     MAX_SHORT_WALK,
     MAX_STATES,
     MAX_WALK,
@@ -26,7 +25,7 @@ from mmvig.ops.bigla.plan import (
     scan_constants,
     tables,
 )
-from mmvig.ops.launch import INTERPRETED, ceil_div, launch
+from mmvig.ops.launch import INTERPRETED, MAX_GRID, ceil_div, launch
 from mmvig.ops.operator import differentiate, empty_like_each, operator
 
 if INTERPRETED:

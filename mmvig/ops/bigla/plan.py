@@ -131,8 +131,6 @@ MAX_SHORT_WALK = 256
 # Bytes of states from which on a forward pass takes half a batch at a time, if they are more than a quarter
 # of its inputs: half the memory for a twentieth of the time.
 MAX_STATES = 2**24
-# Largest second and third size of a CUDA grid.
-MAX_GRID = 65535
 
 
 @persistent_cache

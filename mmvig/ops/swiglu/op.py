@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from mmvig.ops.launch import Constants, ceil_div, compile_key, launch, multiprocessors
+from mmvig.ops.launch import MAX_GRID, Constants, ceil_div, compile_key, launch, multiprocessors
 from mmvig.ops.operator import differentiate, empty_like_each, operator
 from mmvig.ops.swiglu.kernels import (
     backward_kernel,
@@ -25,7 +25,6 @@ MAX_WIDTH, MAX_BACKWARD_WIDTH = 768, 256
 MAX_HELD = 192
 # Compute capabilities with 163 KB of shared memory for a program or more; others have 99.
 LARGE = {(8, 0), (9, 0), (10, 0), (10, 3)}
-MAX_GRID = 65535  # in a grid's second dimension
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,12 +1,9 @@
 """Exponentials, roundings and products, in the fewest instructions."""
 
-import os
-
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
-LOG2E = tl.constexpr(1.4426950408889634)
+from mmvig.ops.arithmetic import INTERPRETED
 
 
 @triton.jit

@@ -3,9 +3,8 @@
 import triton
 import triton.language as tl
 
-from mmvig.ops.arithmetic import sigmoid
+from mmvig.ops.arithmetic import LOG2E, sigmoid
 from mmvig.ops.bigla.kernels.arithmetic import (
-    LOG2E,
     cut,
     exp2_minus,
     log2_sigmoid,

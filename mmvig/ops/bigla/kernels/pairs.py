@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from mmvig.ops.arithmetic import INTERPRETED
 from mmvig.ops.bigla.kernels.arithmetic import (
-    INTERPRETED,
     cut,
     exp2_minus,
     product,

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from mmvig.ops.bigla.kernels.arithmetic import INTERPRETED, LOG2E, log2_sigmoid, split
+from mmvig.ops.arithmetic import INTERPRETED, LOG2E
+from mmvig.ops.bigla.kernels.arithmetic import log2_sigmoid, split
 from mmvig.ops.launch import VERSION
 
 # Largest sum of |log2 decay| over a chunk for the factored form: its factors stay within 2^(+-SPAN / 2), so
