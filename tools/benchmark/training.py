@@ -19,7 +19,8 @@ iteration, from PyTorch's profiler, in iterations that are not timed. Memory is 
 ``first`` is the seconds from the process's start to the end of the first iteration, ``replayed`` the share
 of the backbone's timed passes that were CUDA graphs.
 
-Writes training.json and training.png, also of what has been timed when it is interrupted (Ctrl-C, SIGTERM).
+Writes training.json, which has the parts' medians too, and training.png, also of what has been timed when
+it is interrupted (Ctrl-C, SIGTERM).
 """
 
 import argparse
@@ -463,6 +464,7 @@ def summarise(rows: list[dict], facts: dict, passes: Counter | None, sizes: Coun
         'p90': statistics.quantiles(whole, n=10)[-1],
         'without_data': {'mean': statistics.mean(working), 'median': statistics.median(working)},
         'parts': {part: statistics.mean(row.get(part, 0.0) for row in rows) for part in PARTS},
+        'parts_median': {part: statistics.median(row.get(part, 0.0) for row in rows) for part in PARTS},
         'gpu': facts.get('gpu'),
         'allocated': facts.get('allocated'),
         'reserved': facts.get('reserved'),
