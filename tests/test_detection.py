@@ -426,19 +426,54 @@ def test_what_rpn_captures_depends_on_its_settings():
     assert len(set(seen)) == 7
 
 
-@pytest.mark.parametrize('watch', ['hook', 'forward'])
+@pytest.mark.parametrize('watch', ['hook', 'global hook', 'compile', 'hook of a loss'])
 def test_who_watches_rpn_is_called(watch):
     head, calls = rpn(), []
     maps, samples = rpn_input()
     expected = rpn_step(head, maps, samples)
+    handle = None
     if watch == 'hook':
         head.register_forward_hook(lambda *_: calls.append(0))
+    elif watch == 'global hook':
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: calls.append(0) if module is head else None
+        )
+    elif watch == 'compile':
+        head._compiled_call_impl = lambda *x: [calls.append(0), head._call_impl(*x)][1]
     else:
-        forward = head.forward
-        head.forward = lambda x: [calls.append(0), forward(x)][1]
-    assert_close(rpn_step(head, maps, samples), expected, rtol=0, atol=0)
+        head.loss_bbox.register_forward_hook(lambda *_: calls.append(0))
+    try:
+        assert_close(rpn_step(head, maps, samples), expected, rtol=0, atol=0)
+        head.predict(maps, samples)
+    finally:
+        if handle:
+            handle.remove()
+    assert len(calls) == (1 if watch == 'hook of a loss' else 2)
+
+
+METHODS = dict.fromkeys(('loss_by_feat', 'get_anchors', 'get_targets', 'loss_by_feat_single'), 'losses')
+METHODS |= dict.fromkeys(('forward', 'forward_single', 'predict_by_feat', '_bbox_post_process'), 'both')
+
+
+@pytest.mark.parametrize('of_the_class', [True, False])
+@pytest.mark.parametrize('name', METHODS)
+def test_methods_of_ones_own_are_called(name, of_the_class):
+    head, calls = rpn(), []
+    maps, samples = rpn_input()
+
+    def own(self, *args, **kwargs):
+        calls.append(0)
+        return getattr(super(type(head), self), name)(*args, **kwargs)
+
+    kind = type('Own', (type(head),), {name: own} if of_the_class else {})
+    head.__class__ = kind
+    if not of_the_class:
+        setattr(head, name, own.__get__(head))
+    head.loss_and_predict(maps, samples)
+    assert calls
+    calls.clear()
     head.predict(maps, samples)
-    assert len(calls) == 2
+    assert bool(calls) == (METHODS[name] == 'both')
 
 
 @pytest.mark.gpu
@@ -571,6 +606,25 @@ def test_other_targets_are_mmdets(monkeypatch):
     ours.bbox_head.__class__ = Other
     assert_close(roi_losses(ours)[0], roi_losses(theirs)[0], rtol=1e-5, atol=1e-6)
     assert calls == [0]
+
+
+def test_a_box_head_may_be_wrapped():
+    """As torch.compile does, whose module hands on what it does not have."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def __getattr__(self, name):
+            return self._modules['module'] if name == 'module' else getattr(self.module, name)
+
+        def forward(self, x):
+            return self.module(x)
+
+    ours, theirs = roi_head(**{'sampler.num': 4000})
+    ours.bbox_head = Wrapped(ours.bbox_head)
+    assert_close(roi_losses(ours)[0], roi_losses(theirs)[0], rtol=1e-5, atol=1e-6)
 
 
 def extracted(extractor, dtype=None, **options):

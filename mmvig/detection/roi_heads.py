@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmvig.detection.task_modules import MaxIoUAssigner, RandomSampler, is_traced
+from mmvig.ops.plain import has_methods_of
 
 MASKS = 32  # of whose multiples FCNMaskHead makes its batches
 
@@ -113,16 +114,15 @@ class StandardRoIHead(_StandardRoIHead):
         return losses
 
     def _draws_at_once(self, proposals: list[Tensor], objects: list[Tensor]) -> bool:
-        head = type(self.bbox_head) if self.with_bbox else BBoxHead
         own = ('loss_and_target', 'get_targets', '_get_targets_single')
         return (
             type(self.bbox_assigner) is MaxIoUAssigner
             and self.bbox_assigner.assigns_each()
             and type(self.bbox_sampler) is RandomSampler
             and self.bbox_sampler.neg_pos_ub < 0
-            and all(getattr(head, name) is getattr(BBoxHead, name) for name in own)
+            and (not self.with_bbox or has_methods_of(self.bbox_head, BBoxHead, *own))
             and not (self.with_bbox and (self.bbox_head.reg_decoded_bbox or self.train_cfg.pos_weight > 0))
-            and type(self).bbox_loss is _StandardRoIHead.bbox_loss
+            and has_methods_of(self, _StandardRoIHead, 'bbox_loss')
             and all(type(each) is Tensor and len(each) for each in (*proposals, *objects))
             and not is_traced()
         )

@@ -20,7 +20,7 @@ from mmvig.detection.task_modules import (
     RandomSampler,
     is_traced,
 )
-from mmvig.ops.plain import has_hooks
+from mmvig.ops.plain import has_global_hooks, has_hooks, has_methods_of, is_plain
 
 
 class RPNHead(_RPNHead):
@@ -57,8 +57,9 @@ class RPNHead(_RPNHead):
         if not (
             self._is_usual()
             and self._draws_at_once()
+            and has_methods_of(self, RPNHead, 'loss_by_feat')
             and all(map(len, objects))
-            and type(self.loss_bbox) is L1Loss  # others wait for the GPU, which a capture cannot
+            and is_plain(self.loss_bbox, L1Loss)  # others wait for the GPU, which a capture cannot
             and self.loss_cls.class_weight is None
         ):
             return super().loss_and_predict(x, batch_data_samples, proposal_cfg)
@@ -139,8 +140,7 @@ class RPNHead(_RPNHead):
             rescale: whether to give boxes in pixels of the image as it was read.
             with_nms: as mmdet's; it must be True.
         """
-        usual = with_nms and not rescale and self.use_sigmoid_cls and self._has_plain_boxes()
-        if not usual or is_traced():
+        if rescale or not with_nms or not self._selects_at_once() or is_traced():
             cls_scores, bbox_preds = (
                 [x.detach().float() for x in maps] for maps in (cls_scores, bbox_preds)
             )
@@ -155,11 +155,12 @@ class RPNHead(_RPNHead):
     def _is_usual(self) -> bool:
         """Whether nothing watches, so that graphs may do all from the neck's maps on."""
         return (
-            self.use_sigmoid_cls
-            and self._has_plain_boxes()
+            self._selects_at_once()
+            and has_methods_of(self, RPNHead, 'predict_by_feat')
+            and has_methods_of(self, _RPNHead, 'forward', 'forward_single')
             and not is_traced()
-            and not has_hooks(self)
-            and 'forward' not in self.__dict__
+            and not (has_hooks(self) or has_global_hooks())
+            and self._compiled_call_impl is None
             and next(self.buffers(), None) is None  # a capture would change them
         )
 
@@ -226,7 +227,7 @@ class RPNHead(_RPNHead):
         is_positive = is_positive.flatten()[:, None]
         targets = torch.where(is_positive, targets.view(-1, 4), 0.0)  # what was not drawn may be infinite
         weights = is_positive.float().expand(-1, 4)
-        if type(self.loss_bbox) is L1Loss:  # it would first wait for whether all weights are 0
+        if is_plain(self.loss_bbox, L1Loss):  # it would first wait for whether all weights are 0
             loss_bbox = self.loss_bbox.loss_weight * l1_loss(deltas, targets, weights, avg_factor=count)
         else:
             loss_bbox = self.loss_bbox(deltas, targets, weights, avg_factor=count)
@@ -302,9 +303,15 @@ class RPNHead(_RPNHead):
             results.append(InstanceData(bboxes=own_boxes, scores=own_scores, labels=labels))
         return results
 
+    def _selects_at_once(self) -> bool:
+        own = '_predict_by_feat_single', '_bbox_post_process'
+        return self.use_sigmoid_cls and self._has_plain_boxes() and has_methods_of(self, _RPNHead, *own)
+
     def _draws_at_once(self) -> bool:
+        own = 'get_anchors', 'get_targets', '_get_targets_single', 'loss_by_feat_single'
         return (
             self._has_plain_boxes()
+            and has_methods_of(self, _RPNHead, *own)
             and type(self.assigner) is MaxIoUAssigner
             and self.assigner.assigns_each()
             and type(self.sampler) is RandomSampler

@@ -54,6 +54,13 @@ def is_watched() -> bool:
     )
 
 
+def has_methods_of(module: nn.Module, kind: type, *names: str) -> bool:
+    """Whether a module has these methods of a class, not a subclass's or ones set in the instance."""
+    return all(
+        getattr(getattr(module, name, None), '__func__', None) is getattr(kind, name) for name in names
+    )
+
+
 def has_saved_tensors_hooks() -> bool:
     """As of activation checkpointing."""
     try:
