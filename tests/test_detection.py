@@ -239,6 +239,21 @@ def test_proposals_are_not_rounded():
     assert (rounded.float() - truth).abs().max() > 0.4
 
 
+def test_one_bad_box_leaves_the_others_apart():
+    """A coordinate that is NaN would move all boxes of the image to where none suppresses another."""
+    options = {**MODEL.rpn_head, 'train_cfg': MODEL.train_cfg.rpn, 'test_cfg': MODEL.test_cfg.rpn}
+    sizes = [(13, 20), (7, 10), (4, 5), (2, 3), (1, 2)]
+    generator = torch.Generator().manual_seed(0)
+    maps = [[torch.randn(1, n, *size, generator=generator) for size in sizes] for n in (3, 12)]
+    maps[1][0][0, 0, 3, 4] = torch.nan
+    found = [
+        head.predict_by_feat(*maps, batch_img_metas=[{'img_shape': (52, 80)}], cfg=MODEL.test_cfg.rpn)[0]
+        for head in pair_of(RPNHead, options)
+    ]
+    assert_close(found[0].bboxes, found[1].bboxes, rtol=0, atol=0)
+    assert 0 < len(found[0].bboxes) < 1000
+
+
 def rpn_losses(head, counts=(3, 7), pads=((208, 317), (150, 320)), dtype=torch.float32):
     """Losses and the maps' gradients; whole-number corners make ties of IoU."""
     generator = torch.Generator().manual_seed(0)

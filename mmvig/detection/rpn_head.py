@@ -270,7 +270,9 @@ class RPNHead(_RPNHead):
         least = cfg.get('min_bbox_size', -1)
         is_large = (sides > least if least >= 0 else torch.ones_like(sides, dtype=torch.bool)).all(-1)
         levels = self._levels(cls_scores, cfg).to(boxes.dtype)
-        moved = boxes + (levels * (boxes.amax((1, 2))[:, None] + 1))[..., None]
+        # Of small ones too, a coordinate that is NaN would move all boxes to nowhere.
+        largest = boxes.masked_fill(~is_large[..., None], -torch.inf).amax((1, 2))
+        moved = boxes + (levels * (largest[:, None] + 1))[..., None]
         return boxes, moved, torch.cat(scores, 1), is_large, is_large.all(1)
 
     def _suppress(
