@@ -316,6 +316,33 @@ def test_losses_of_proposals(options, case):
         assert_close(own, other, rtol=1e-4, atol=1e-8)
 
 
+def test_objects_are_too_many_for_all_images_at_once(monkeypatch):
+    """Then overlaps are taken of fewer images; one at a time, as mmdet does, if need be."""
+    sizes = []
+    for part in ('rpn_head', 'roi_heads'):
+        monkeypatch.setattr(f'mmvig.detection.{part}.MOST_OVERLAPS', 1)
+    overlaps = type(TASK_UTILS.build(dict(type='mmvig.MaxIoUAssigner', **RPN)).iou_calculator)
+    call = overlaps.__call__
+    monkeypatch.setattr(
+        overlaps,
+        '__call__',
+        lambda self, one, other: [sizes.append((len(one), len(other))), call(self, one, other)][1],
+    )
+    train_cfg = copy.deepcopy(MODEL.train_cfg.rpn)
+    train_cfg.sampler.num = 10**6
+    ours, theirs = pair_of(
+        RPNHead, {**MODEL.rpn_head, 'train_cfg': train_cfg, 'test_cfg': MODEL.test_cfg.rpn}
+    )
+    found, expected = (rpn_losses(each) for each in (ours, theirs))
+    assert [size[0] for size in sizes[:2]] == [3, 7] and ours._draws_at_once()
+    assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    sizes.clear()
+    ours, theirs = roi_head(**{'sampler.num': 4000, 'sampler.pos_fraction': 0.5})
+    found, expected = (roi_losses(each)[0] for each in (ours, theirs))
+    assert sizes[:2] == [(3, 60), (5, 50)]
+    assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_losses_of_few_anchors():
     """256 an image are drawn: losses are those of mmdet's, on average."""
     options = {**MODEL.rpn_head, 'train_cfg': MODEL.train_cfg.rpn, 'test_cfg': MODEL.test_cfg.rpn}

@@ -15,7 +15,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmvig.detection.task_modules import MaxIoUAssigner, RandomSampler, is_traced
+from mmvig.detection.task_modules import MOST_OVERLAPS, MaxIoUAssigner, RandomSampler, is_traced
 from mmvig.ops.plain import has_methods_of
 
 MASKS = 32  # of whose multiples FCNMaskHead makes its batches
@@ -129,9 +129,15 @@ class StandardRoIHead(_StandardRoIHead):
 
     def _draw(self, proposals: list[Tensor], instances: list[InstanceData]) -> list[SamplingResult]:
         """Each image's drawn regions, as mmdet's sampler gives them."""
-        objects = torch.cat([each.bboxes for each in instances])
-        counts, device = [len(each) for each in instances], objects.device
+        counts, half = [len(each) for each in instances], len(instances) // 2
         boxes = pad_sequence(proposals, batch_first=True)
+        if half and sum(counts) * boxes[..., 0].numel() > MOST_OVERLAPS:
+            return [
+                *self._draw(proposals[:half], instances[:half]),
+                *self._draw(proposals[half:], instances[half:]),
+            ]
+        objects = torch.cat([each.bboxes for each in instances])
+        device = objects.device
         images = torch.cat([objects.new_full((count,), i) for i, count in enumerate(counts)])
         is_other = images[:, None] != torch.arange(len(boxes), device=device)
         overlaps = self.bbox_assigner.iou_calculator(objects, boxes.view(-1, 4))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmvig.cuda_graphs import CudaGraphs
 from mmvig.detection.task_modules import (
+    MOST_OVERLAPS,
     DeltaXYWHBBoxCoder,
     Kept,
     MaxIoUAssigner,
@@ -184,8 +185,14 @@ class RPNHead(_RPNHead):
             Their places ``[B, P + N]``; whether each has been drawn, or else there were too few; and what
             to regress those with an object to, ``[B, P, 4]``.
         """
-        anchors, valid = self._anchors(maps), self._valid(maps, metas)
-        counts = [len(each) for each in objects]
+        anchors, counts = self._anchors(maps), [len(each) for each in objects]
+        if len(objects) > 1 and sum(counts) * len(anchors) > MOST_OVERLAPS:
+            half = len(objects) // 2
+            parts = [
+                self._draw(maps, objects[part], metas[part]) for part in (slice(half), slice(half, None))
+            ]
+            return tuple(map(torch.cat, zip(*parts, strict=True)))
+        valid = self._valid(maps, metas)
         objects = torch.cat([get_box_tensor(each) for each in objects])
         overlaps = self.assigner.iou_calculator(objects, anchors)
         if valid is not None:

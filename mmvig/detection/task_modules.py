@@ -18,6 +18,7 @@ from mmvig.ops.plain import is_watched
 from mmvig.registry import TASK_UTILS
 
 MOST_SIZES = 64  # keys of which a Kept has what was made
+MOST_OVERLAPS = 2**26  # of all images' objects with all boxes, at 30 bytes; above it, of fewer images
 
 
 class _Overlaps(BboxOverlaps2D):
