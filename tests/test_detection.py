@@ -1,6 +1,7 @@
 """Our parts of detectors give what mmdet's give, and do not round boxes in mixed precision."""
 
 import copy
+import pickle
 import sys
 import threading
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvig.cuda_graphs import CALLS
+from mmvig.detection.task_modules import Kept
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 RPN = dict(pos_iou_thr=0.7, neg_iou_thr=0.3, min_pos_iou=0.3, match_low_quality=True)
@@ -752,6 +754,39 @@ def test_kept_constants_serve_later_calls():
     with FakeTensorMode():
         coder.decode(torch.ones(2, 4), torch.ones(2, 4))
     assert type(coder.decode(priors, torch.ones(5, 4))) is torch.Tensor
+
+
+def test_what_is_kept_stays_small(monkeypatch):
+    """Anchors of many sizes would fill a GPU; those of one size must stay, however many they are."""
+    monkeypatch.setattr('mmvig.detection.task_modules.MOST_KEPT', 1000)
+    kept = Kept()
+    for n in (50, 100, 1, 2000, 120, 120):
+        assert len(kept.made((n,), lambda n=n: [torch.zeros(n), torch.zeros(n)])[0]) == n
+        assert sum(8 * size for (size,) in kept) <= max(1000, 8 * n) and (n,) in kept
+    assert list(kept) == [(120,)]
+
+
+def test_copies_start_with_nothing_kept():
+    """What is unpickled may be on another device than its key says."""
+    head = rpn()
+    maps, samples = rpn_input()
+    expected = rpn_step(head, maps, samples)
+    assert head._kept and head._flags and head.prior_generator._anchors and head.bbox_coder._kept
+    for other in (pickle.loads(pickle.dumps(head)), copy.deepcopy(head)):
+        parts = other._kept, other._flags, other.prior_generator._anchors, other.bbox_coder._kept
+        assert not any(parts) and all(type(each) is Kept for each in parts)
+        assert_close(rpn_step(other, maps, samples), expected, rtol=0, atol=0)
+
+
+def test_shapes_of_pictures_are_kept_one_by_one():
+    """Few batches have the same ones, so that keys of all of them would never come again."""
+    head = rpn()
+    maps, samples = rpn_input()
+    for pads in ((104, 160), (90, 160)), ((90, 160), (104, 160)), ((90, 160), (90, 160)):
+        for sample, pad in zip(samples, pads, strict=True):
+            sample.set_metainfo({'pad_shape': pad})
+        head.loss_and_predict(maps, samples)
+    assert len(head._flags) == 2
 
 
 def test_threads_share_what_is_kept():

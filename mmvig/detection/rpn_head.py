@@ -1,6 +1,7 @@
 """The region proposal network, for all images of a batch at once."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from mmcv.ops import batched_nms
@@ -41,7 +42,7 @@ class RPNHead(_RPNHead):
     def __init__(self, *args, cuda_graphs: int | str = 'auto', **kwargs):
         super().__init__(*args, **kwargs)
         self.graphs = CudaGraphs(cuda_graphs)
-        self._kept = Kept()
+        self._kept, self._flags = Kept(), Kept()
 
     def loss_and_predict(
         self, x: Sequence[Tensor], batch_data_samples: SampleList, proposal_cfg: dict | None = None
@@ -352,11 +353,15 @@ class RPNHead(_RPNHead):
         sizes, device = [tuple(x.shape[-2:]) for x in maps], maps[0].device
         pads = [tuple(meta['pad_shape'][:2]) for meta in metas]
 
-        def make() -> Tensor | None:
-            flags = [torch.cat(self.prior_generator.valid_flags(sizes, pad, device)) for pad in pads]
-            return None if all(own.all() for own in flags) else torch.stack(flags)
+        def make(pad: tuple[int, int]) -> tuple[Tensor, bool]:
+            flags = torch.cat(self.prior_generator.valid_flags(sizes, pad, device))
+            return flags, bool(flags.all())
 
-        return self._kept.made(('valid', self.prior_generator, *sizes, *pads, device), make)
+        # Each shape by itself: few batches have the same ones.
+        keys = [(self.prior_generator, *sizes, pad, device) for pad in pads]
+        made = [self._flags.made(key, partial(make, pad)) for key, pad in zip(keys, pads, strict=True)]
+        flags, are_valid = zip(*made, strict=True)
+        return None if all(are_valid) else torch.stack(flags)
 
     def _levels(self, maps: Sequence[Tensor], cfg: dict) -> Tensor:
         """The number of the level of each box that is selected, ``[K]``."""

@@ -18,6 +18,7 @@ from mmvig.ops.plain import is_watched
 from mmvig.registry import TASK_UTILS
 
 MOST_SIZES = 64  # keys of which a Kept has what was made
+MOST_KEPT = 2**27  # bytes that it has: of the largest pictures of COCO, 18 sizes' anchors
 MOST_OVERLAPS = 2**26  # of all images' objects with all boxes, at 30 bytes; above it, of fewer images
 
 
@@ -145,7 +146,13 @@ _keeping = threading.Lock()  # of all: one of its own could not be copied with a
 
 
 class Kept(dict):
-    """What was made for the last keys."""
+    """What was made for the last keys; a copied or unpickled one has none.
+
+    Its keys name devices, which what is unpickled may not be on.
+    """
+
+    def __reduce__(self):
+        return Kept, ()
 
     def made(self, key: tuple, make: Callable):
         """What ``make()`` has returned for this key, or returns now."""
@@ -156,10 +163,20 @@ class Kept(dict):
             with torch.inference_mode(False):  # later calls may need gradients
                 found = (make(),)
             with _keeping:
-                while len(self) >= MOST_SIZES:
+                size = _size(found)
+                while self and (
+                    len(self) >= MOST_SIZES or size + sum(map(_size, self.values())) > MOST_KEPT
+                ):
                     del self[next(iter(self))]
                 self[key] = found
         return found[0]
+
+
+def _size(made) -> int:
+    """Bytes of tensors in tuples and lists."""
+    if isinstance(made, Tensor):
+        return made.numel() * made.element_size()
+    return sum(map(_size, made)) if isinstance(made, (tuple, list)) else 0
 
 
 def is_traced() -> bool:
