@@ -468,6 +468,13 @@ def test_what_rpn_captures_depends_on_its_settings():
         part[name] = value
         head.loss_and_predict(maps, samples)
     assert len(set(seen)) == 7
+    head.bbox_coder.note = [[1, {}]]  # which has no hash
+    del head.train_cfg['pos_weight']  # which only losses need
+    head.predict(maps, samples)
+    assert len(set(seen)) == 8
+    head.train_cfg = ConfigDict()  # as of a detector for inference alone
+    head.predict(maps, samples)
+    assert len(set(seen)) == 8
 
 
 @pytest.mark.parametrize('watch', ['hook', 'global hook', 'compile', 'hook of a loss'])

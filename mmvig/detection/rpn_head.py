@@ -171,7 +171,7 @@ class RPNHead(_RPNHead):
         parts = (self.bbox_coder, self.loss_cls, self.loss_bbox)
         settings = (
             *(cfg.get(name) for name in ('nms_pre', 'min_bbox_size')),
-            self.train_cfg and self.train_cfg['pos_weight'],
+            (self.train_cfg or {}).get('pos_weight'),
             *(pair for part in parts for pair in _plain_attributes(part)),
         )
         inputs = tuple(x), *rest, self._anchors(x), self._limits(x[0], metas)
@@ -393,7 +393,7 @@ def _rows(maps: Tensor, width: int) -> Tensor:
 def _plain_attributes(part: object) -> list[tuple]:
     """Names and values of what has been set of an object."""
     return [
-        (name, tuple(value) if type(value) is list else value)
+        (name, repr(value) if type(value) in (tuple, list) else value)  # what is in it may have no hash
         for name, value in vars(part).items()
         if type(value) in (bool, int, float, str, tuple, list, type(None))
     ]
