@@ -30,7 +30,8 @@ class RPNHead(_RPNHead):
 
     Proposals are float32 in mixed precision too. The losses are mmdet's over other draws of as many
     anchors. With parts that draw or encode in another way than :class:`MaxIoUAssigner`,
-    :class:`RandomSampler` and :class:`DeltaXYWHBBoxCoder`, mmdet computes them, image by image.
+    :class:`RandomSampler` and :class:`DeltaXYWHBBoxCoder`, or with methods that a subclass overrides,
+    mmdet computes them, image by image.
 
     Args:
         *args: mmdet's.

@@ -19,7 +19,7 @@ from mmvig.registry import TASK_UTILS
 
 MOST_SIZES = 64  # keys of which a Kept has what was made
 MOST_KEPT = 2**27  # bytes that it has: of the largest pictures of COCO, 18 sizes' anchors
-MOST_OVERLAPS = 2**26  # of all images' objects with all boxes, at 30 bytes; above it, of fewer images
+MOST_OVERLAPS = 2**26  # of all images' objects with all boxes, at 24 bytes; above it, of fewer images
 
 
 class _Overlaps(BboxOverlaps2D):
