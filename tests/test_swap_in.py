@@ -29,6 +29,7 @@ from mmseg.structures import SegDataSample
 from programs import run_tool, run_well
 from torch import nn
 
+from mmvig import hub
 from mmvig.datasets.shapes import ensure_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -313,10 +314,13 @@ def test_pretrained_weights_are_added_to_a_block_as_the_page_says(tmp_path, monk
     torch.manual_seed(1)
     trained = MODELS.build({'type': 'mmvig.ViGH', 'arch': 'tiny', 'out_indices': (3,)})
     torch.save(trained.state_dict(), 'vig_h_t.pth')
+    fetched = []
+    monkeypatch.setattr(hub, 'fetch', lambda address: fetched.append(address) or Path('vig_h_t.pth'))
     model = MODELS.build(load(block, tmp_path).model)
     model.init_weights()
     loaded = model.backbone.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in trained.state_dict().items())
+    assert fetched == ['hf://hustvl/ViG/vig_h_t_82p8acc.pth']
 
 
 def command(package):
