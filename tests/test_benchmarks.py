@@ -441,6 +441,11 @@ def test_peers_of_the_job(module):
         Config.fromfile(ROOT / 'configs/segmentation/upernet_vigh_s.py'), 'resnet50'
     )
     assert resnet.model.decode_head.in_channels == [256, 512, 1024, 2048]
+    retina = Config.fromfile(ROOT / 'configs/detection/retinanet_vigh_t.py')  # without the first map
+    others = [training.with_peer(retina, peer) for peer in training.PEERS]
+    assert [other.model.backbone.out_indices for other in others] == [(1, 2, 3)] * 3
+    assert [other.model.neck.in_channels[0] for other in others] == [192, 192, 512]
+    assert 'mmvig.' not in str([training.with_own_loop(others[0])[key] for key in used])
     with pytest.raises(SetupError, match='no swin of the size'):
         cfg.model.backbone.arch = {'embed_dims': 32}
         training.with_peer(cfg, 'swin')

@@ -63,10 +63,16 @@ def peer_backbone(peer: str, backbone: dict) -> dict | None:
     arch = backbone.get('arch', 'tiny')
     if backbone.get('type') not in ('mmvig.ViGH', 'ViGH') or arch not in tuple(SWIN):
         return None
-    shared = {'out_indices': (0, 1, 2, 3), 'drop_path_rate': backbone.get('drop_path_rate') or 0.0}
+    shared = {'out_indices': stages_of(backbone), 'drop_path_rate': backbone.get('drop_path_rate') or 0.0}
     if peer == 'swin':
         return {'type': 'SwinTransformer', **SWIN[arch], **shared}
     return {'type': 'mmpretrain.ConvNeXt', 'arch': arch, 'gap_before_final_norm': False, **shared}
+
+
+def stages_of(backbone: dict) -> tuple[int, ...]:
+    """The stages, of four, whose maps a ViG-H returns."""
+    wanted = backbone.get('out_indices', (0, 1, 2, 3))
+    return tuple(i % 4 for i in ([wanted] if isinstance(wanted, int) else wanted))
 
 
 def image_shape(cfg: Config, wanted: list[int] | None) -> tuple[int, int]:

@@ -50,7 +50,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
 
 from common import machine, megabytes, save
-from detector import let_boxes_pass, peer_backbone
+from detector import let_boxes_pass, peer_backbone, stages_of
 
 from mmvig.engine import cli
 from mmvig.engine.amp import use_amp
@@ -87,17 +87,18 @@ def with_peer(cfg: Config, peer: str) -> Config:
     """
     cfg = copy.deepcopy(cfg)
     if peer == 'resnet50':
+        stages = stages_of(cfg.model.backbone)
         backbone = dict(
             type='ResNet' if cfg.default_scope == 'mmdet' else 'ResNetV1c',
             depth=50,
-            out_indices=(0, 1, 2, 3),
+            out_indices=stages,
             frozen_stages=1,
             norm_eval=True,
             style='pytorch',
         )
         channels = [256, 512, 1024, 2048]
         if 'neck' in cfg.model:
-            cfg.model.neck.in_channels = channels
+            cfg.model.neck.in_channels = [channels[i] for i in stages]
         else:
             cfg.model.decode_head.in_channels = channels
             cfg.model.auxiliary_head.in_channels = channels[2]
