@@ -1,25 +1,11 @@
-# FCOS with FPN on ViG-H-T. Start from ImageNet weights with
-#   --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE
+# FCOS with FPN on ViG-H-T, with the images and maps of RetinaNet.
+_base_ = ['./retinanet_vigh.py']
+
 model = dict(
     type='FCOS',
-    data_preprocessor=dict(
-        type='mmvig.DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_size_divisor=32,
-        non_blocking=True,  # copies to the GPU do not wait for what it still computes
-    ),
-    backbone=dict(type='mmvig.ViGH', arch='tiny', drop_path_rate=0.2, out_indices=(1, 2, 3)),
-    neck=dict(
-        type='FPN',
-        in_channels=[192, 384, 768],
-        out_channels=256,
-        add_extra_convs='on_output',
-        num_outs=5,
-        relu_before_extra_convs=True,
-    ),
+    neck=dict(add_extra_convs='on_output', relu_before_extra_convs=True),
     bbox_head=dict(
+        _delete_=True,
         type='FCOSHead',
         num_classes=80,
         in_channels=256,
@@ -35,11 +21,6 @@ model = dict(
         loss_bbox=dict(type='GIoULoss', loss_weight=1.0),
         loss_centerness=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
     ),
-    test_cfg=dict(
-        nms_pre=1000,
-        min_bbox_size=0,
-        score_thr=0.05,
-        nms=dict(type='nms', iou_threshold=0.6),
-        max_per_img=100,
-    ),
+    train_cfg=dict(_delete_=True),  # it assigns by points, not by anchors
+    test_cfg=dict(nms=dict(iou_threshold=0.6)),
 )
