@@ -60,7 +60,10 @@ def _reason(error: Exception, repository: str, revision: str | None) -> str:
     if isinstance(error, LocalEntryNotFoundError):
         return 'the hub cannot be reached, and there is no copy in the cache'
     if isinstance(error, EntryNotFoundError):
-        names = huggingface_hub.list_repo_files(repository, revision=revision)
+        try:
+            names = huggingface_hub.list_repo_files(repository, revision=revision)
+        except Exception:  # the list is only help: what is wrong has been found
+            return f'{repository} has no such file'
         return f'{repository} has no such file, but ' + ', '.join(name for name in names if '.pt' in name)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f'{type(error).__name__}: {lines[0] if lines else ""}'

@@ -384,7 +384,7 @@ def test_the_job_is_interrupted(small, tmp_path, module, monkeypatch, turns):
             self.name, self.rows, self.sizes, self.passes = name, [], Counter(), None
             self.facts, self.killed = {'first': 1.0}, []
 
-        receive = start = warmed = turn = end = lambda self, *args: None
+        receive = start = finish_warm_up = turn = end = lambda self, *args: None
         kill = lambda self: self.killed.append(1)  # noqa: E731
 
     Started.measure = measure

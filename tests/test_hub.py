@@ -1,6 +1,7 @@
 """Checkpoints from the Hugging Face hub, of which a server on this machine stands in."""
 
 import json
+import subprocess
 import threading
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -138,6 +139,20 @@ def test_damaged_copies_are_not_read(server, tmp_path):
         checkpoints.read('hf://owner/name/model.pth')
     copy.unlink()
     assert checkpoints.read('hf://owner/name/model.pth')['weight'].eq(1).all()
+
+
+def test_small_files_have_gits_hash(tmp_path):
+    name = subprocess.run(['git', 'hash-object', '--stdin'], input=b'text', capture_output=True, check=True)
+    path = tmp_path / name.stdout.decode().strip()
+    for content in (b'text', b'test'):
+        path.write_bytes(content)
+        assert hub._is_whole(path) == (content == b'text')
+
+
+def test_files_that_cannot_be_listed(server, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.list_repo_files', lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(RuntimeError, match=r'cannot be downloaded: owner/name has no such file$'):
+        hub.fetch('hf://owner/name/no.pth')
 
 
 def test_code_is_not_run(server, tmp_path):

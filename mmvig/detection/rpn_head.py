@@ -301,7 +301,7 @@ class RPNHead(_RPNHead):
             moved = boxes
         results = []
         for i, keeps_all in enumerate(are_large.tolist()):
-            own, places = (boxes[i], moved[i], scores[i], levels), None
+            own = boxes[i], moved[i], scores[i], levels
             if not keeps_all:
                 places = is_large[i].nonzero().flatten()
                 own = [each[places] for each in own]

@@ -421,7 +421,7 @@ class Model:
         self.start(iterations)
         return self.receive()
 
-    def warmed(self) -> None:
+    def finish_warm_up(self) -> None:
         """Wait for the end of what is not timed, and note where counters stand."""
         self.receive()
         self.passes = self.facts.get('passes')
@@ -607,11 +607,11 @@ def run_models(models: list[tuple[str, Config]], processes: list[Model], args: a
     for model in processes:  # side by side
         model.start(args.warm_up)
     for model in processes:
-        model.warmed()
+        model.finish_warm_up()
     for _ in range(-(-args.iterations // args.turn)):
         for model in processes:
             model.measure(args.turn, args.skip)
-        write([model.summary() for model in processes], args)  # what is lost if the next turn never ends
+        write([model.summary() for model in processes], args)  # kept if the run is killed
     for model in processes:
         model.turn(-1)
         model.end()
