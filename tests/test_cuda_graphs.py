@@ -192,8 +192,9 @@ def test_copies_start_without_graphs():
 class FakeGraph:
     """A graph that computes as without one, and counts."""
 
-    def __init__(self, module, call, inputs, tensors, state, pool):
+    def __init__(self, module, call, inputs, tensors, state, pool, has_run):
         self.state, self.pool, self.replays, self.is_refused = state, pool, 0, False
+        self.has_run = has_run
 
     def __call__(self, module, call, tensors):
         return call(*tensors)
@@ -229,12 +230,14 @@ class Policy:
             raise torch.cuda.OutOfMemoryError('out of memory')
         return FakeGraph(*args)
 
-    def call(self, times, size=1, settings=()):
+    def call(self, times, size=1, settings=(), function=lambda x: (x,), learn=False):
         """'e', 'c' or 'r' for each call: the first letters of what it was counted as."""
         log = ''
         for _ in range(times):
             before = self.graphs.counts.copy()
-            self.graphs.run(self.model, lambda x: (x,), torch.zeros(size), settings=settings)
+            outputs = self.graphs.run(self.model, function, torch.zeros(size), settings=settings)
+            if learn:
+                sum(outputs).sum().backward()
             ((_, outcome),) = self.graphs.counts - before
             log += outcome[0]
         return log
@@ -263,8 +266,21 @@ def test_each_kind_is_captured_when_it_has_come_often_enough(policy):
         assert policy.call(CALLS, 4)[-1] == 'c'
     assert policy.call(1) == policy.call(1, 4) == 'r'
     assert policy.graphs.counts[(4,), 'capture'] == 2
-    assert summary(policy.graphs) == '8 of 32 passes replayed, 6 captured, 18 eager; 4 sizes'
+    eager = 6 * (CALLS - 1)
+    assert (
+        summary(policy.graphs) == f'8 of {14 + eager} passes replayed, 6 captured, {eager} eager; 4 sizes'
+    )
     assert len({graph.pool for graph in policy.graphs._graphs.values()}) == 1
+
+
+@pytest.mark.parametrize('learn', [True, False])
+def test_what_has_run_with_its_gradients_needs_no_other_pass_before_its_capture(policy, learn):
+    policy.call(CALLS, function=lambda x: (policy.model(x),), learn=learn)
+    (graph,) = policy.graphs._graphs.values()
+    assert graph.has_run == learn
+    with torch.no_grad():
+        policy.call(CALLS)
+    assert list(policy.graphs._graphs.values())[-1].has_run
 
 
 def test_the_least_used_graph_makes_room_for_what_comes_twice_as_often(policy):

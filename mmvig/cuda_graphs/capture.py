@@ -1,11 +1,11 @@
 """How a pass is captured and replayed: what it reads, its memory, and its gradients."""
 
-import functools
+import contextlib
 import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,24 @@ class Pool:
         self.size = 0  # bytes that nothing else can use
         self.node: weakref.ref | None = None
 
+    @contextlib.contextmanager
+    def recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+        """Record what is launched meanwhile.
+
+        As ``torch.cuda.graph`` does, which besides waits for the GPU and gives all cached memory back: the
+        passes after it then take as long again to get that.
+        """
+        with torch.cuda.stream(self.stream):
+            # Not the mode 'global': other threads may pin memory for the next batches.
+            graph.capture_begin(self.handle, capture_error_mode='thread_local')
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # it says no more than that something has failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+
     def is_needed(self) -> bool:
         """Whether a backward pass may still come that needs what the last forward pass has left."""
         return self.node is not None and self.node() is not None
@@ -155,6 +173,10 @@ def _places(tensors: list[Tensor]) -> list[Tensor]:
         deterministic.fill_uninitialized_memory = before
 
 
+def _dtype_of_leaf(learning: tuple) -> str:
+    return str(learning[1].dtype)
+
+
 class _Body(nn.Module):
     """What is captured, as a module for ``torch.func.functional_call``."""
 
@@ -172,7 +194,18 @@ class _Body(nn.Module):
 
 
 class Graph:
-    """The forward pass for one kind of input as a graph, and if anything is learned, the backward pass."""
+    """The forward pass for one kind of input as a graph, and if anything is learned, the backward pass.
+
+    Args:
+        module: what ``call`` takes its parameters from.
+        call: the pass.
+        inputs: its arguments.
+        tensors: the tensors in them.
+        state: the module's.
+        pool: where its memory is.
+        has_run: whether a pass of this kind has run with its gradients; else one is run first, since what a
+            first pass sets up cannot be captured.
+    """
 
     def __init__(
         self,
@@ -182,6 +215,7 @@ class Graph:
         tensors: list[Tensor],
         state: State,
         pool: Pool,
+        has_run: bool,
     ):
         parameters = dict(module.named_parameters(prefix='module'))
         self.state, self.pool = state, pool
@@ -207,42 +241,29 @@ class Graph:
             torch.autocast('cuda', enabled=False),  # backward passes run without
         ):
             body = _Body(module, call, self._nesting, self._autocast)
-            self._capture(body, self._try(body, parameters, tensors), tensors)
+            if not has_run:
+                self._try(body, tensors)
+            self._capture(body, parameters, tensors)
 
-    def _try(
-        self, body: _Body, parameters: dict[str, nn.Parameter], tensors: list[Tensor]
-    ) -> list[tuple[nn.Parameter, Tensor]]:
-        """One pass that is not captured, as PyTorch asks for; the parameters that get a gradient."""
-        learning = [(p, self._weights[name]) for name, p in parameters.items()]
-        learning = [(p, leaf) for p, leaf in learning if leaf.requires_grad]
+    def _try(self, body: _Body, tensors: list[Tensor]) -> None:
+        """Run the pass and throw it away."""
         with torch.random.fork_rng([tensors[0].device]):
             inputs = [x.detach().requires_grad_(x.requires_grad and self.learns) for x in tensors]
             outputs = torch.func.functional_call(body, self._weights, tuple(inputs))
-            if not self.learns:
-                return []
-            outputs = [y for y in tensors_of(outputs) if y.requires_grad]
-            leaves = [leaf for _, leaf in learning] + [x for x in inputs if x.requires_grad]
-            given = [torch.zeros_like(y) for y in outputs]
-            found = torch.autograd.grad(outputs, leaves, given, allow_unused=True)
-        # In the order of dtypes, of which each gets a buffer.
-        learning = [pair for pair, gradient in zip(learning, found, strict=False) if gradient is not None]
-        return sorted(learning, key=lambda pair: str(pair[1].dtype))
+            if self.learns:
+                outputs = [y for y in tensors_of(outputs) if y.requires_grad]
+                leaves = [x for x in (*self._weights.values(), *inputs) if x.requires_grad]
+                torch.autograd.grad(
+                    outputs, leaves, list(map(torch.zeros_like, outputs)), allow_unused=True
+                )
 
-    def _capture(
-        self, body: _Body, learning: list[tuple[nn.Parameter, Tensor]], tensors: list[Tensor]
-    ) -> None:
-        torch.cuda.empty_cache()
+    def _capture(self, body: _Body, parameters: dict[str, nn.Parameter], tensors: list[Tensor]) -> None:
+        free, total = torch.cuda.mem_get_info()
+        if free < total // 2:  # a capture cannot take what is cached
+            torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
-        # Not the mode 'global': other threads may pin memory for the next batches.
-        capture = functools.partial(
-            torch.cuda.graph,
-            pool=self.pool.handle,
-            stream=self.pool.stream,
-            capture_error_mode='thread_local',
-        )
-        self._parameters, self._leaves = ([pair[i] for pair in learning] for i in range(2))
         self._forward = torch.cuda.CUDAGraph()
-        with capture(self._forward):
+        with self.pool.recording(self._forward):
             inputs = [
                 place.requires_grad_(x.requires_grad and self.learns)
                 for place, x in zip(_places(tensors), tensors, strict=True)
@@ -254,23 +275,29 @@ class Graph:
         self._inputs = [_alias(x) for x in inputs]
         self._learning_inputs = [x.requires_grad for x in inputs]
         self._outputs = [_alias(y) for y in flat_outputs]
+        self._parameters, self._leaves = [], []  # those that get a gradient
         if self.learns:
             self._backward = torch.cuda.CUDAGraph()
             learning_outputs = [y for y in flat_outputs if y.requires_grad]
             learning_inputs = [x for x in inputs if x.requires_grad]
-            leaves = self._leaves
-            with capture(self._backward):
+            pairs = zip(parameters.values(), self._weights.values(), strict=True)
+            # In the order of dtypes, of which each gets a buffer.
+            pairs = sorted((pair for pair in pairs if pair[1].requires_grad), key=_dtype_of_leaf)
+            with self.pool.recording(self._backward):
                 given = _places(learning_outputs)
-                found = torch.autograd.grad(
-                    learning_outputs, leaves + learning_inputs, given, allow_unused=True
-                )
+                wanted = [leaf for _, leaf in pairs] + learning_inputs
+                found = torch.autograd.grad(learning_outputs, wanted, given, allow_unused=True)
+                input_gradients = found[len(pairs) :]
+                learning = [(*pair, g) for pair, g in zip(pairs, found, strict=False) if g is not None]
+                self._parameters = [p for p, *_ in learning]
+                self._leaves = [leaf for _, leaf, _ in learning]
                 buffers = []
-                for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
-                    own = [g for g, leaf in zip(found, leaves, strict=False) if leaf.dtype == dtype]
+                for _, group in groupby(learning, _dtype_of_leaf):
+                    own = [g for *_, g in group]
                     buffers.append((torch.cat([g.reshape(-1) for g in own]), [g.shape for g in own]))
             self._given = [_alias(g) for g in given]
             self._buffers = [(_alias(buffer), shapes) for buffer, shapes in buffers]
-            self._input_gradients = [g if g is None else _alias(g) for g in found[len(leaves) :]]
+            self._input_gradients = [g if g is None else _alias(g) for g in input_gradients]
         self.pool.size += max(torch.cuda.memory_reserved() - before, 0)
 
     def __call__(self, module: nn.Module, call: Callable, tensors: list[Tensor]):

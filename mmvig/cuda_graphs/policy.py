@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mmvig.cuda_graphs.capture import Graph, Pool, State, autocast_dtype, tensors_of
 from mmvig.ops.plain import PLAIN_TENSORS, has_saved_tensors_hooks, is_watched
 
-CALLS = 4  # the call with a kind of input that captures: by then, more are likely
+CALLS = 2  # the call with a kind of input that captures: it takes as long as two or three eager ones
 MOST_CALLS = 64  # the same after captures in vain
-WORTH = 50  # replays for which a capture was worth its time
+WORTH = 8  # replays for which a capture was worth its time
 MOST = 64  # graphs that 'auto' holds
 AGE = 4096  # passes after which earlier ones count half
 
@@ -67,6 +67,7 @@ class CudaGraphs:
         self.counts: Counter = Counter()
         self._graphs: dict[tuple, Graph] = {}
         self._calls: Counter = Counter()  # by kind
+        self._have_run: set[tuple] = set()  # kinds of which a pass has run, with its gradients
         self._patience = CALLS
         self._age = 0
         self._refused: set[tuple] = set()
@@ -109,16 +110,28 @@ class CudaGraphs:
             graph, outcome = self._capture(kind, module, call, inputs, tensors), 'capture'
         if graph is None or is_watched or graph.pool.is_needed():
             self.counts[size, 'eager'] += 1
-            return call(*inputs)
+            outputs = call(*inputs)
+            self._note_run(kind, outputs)
+            return outputs
         self.counts[size, outcome] += 1
         graph.replays += 1
         return graph(module, call, tensors)
+
+    def _note_run(self, kind: tuple, outputs) -> None:
+        """Note that an eager pass has run, once its gradients have been computed too."""
+        if kind not in self._have_run:
+            learning = [y for y in tensors_of(outputs) if y is not None and y.requires_grad]
+            if learning:
+                learning[0].register_hook(lambda _: self._have_run.add(kind))
+            else:
+                self._have_run.add(kind)
 
     def _count(self, kind: tuple) -> None:
         self._calls[kind] += 1
         self._age += 1
         if self._age % AGE == 0:
             self._calls = Counter({kind: count // 2 for kind, count in self._calls.items() if count > 1})
+            self._have_run &= self._calls.keys()
 
     def _capture(
         self, kind: tuple, module: nn.Module, call: Callable, inputs: tuple, tensors: list[Tensor]
@@ -146,7 +159,8 @@ class CudaGraphs:
         if state is None:
             return None
         try:
-            graph = Graph(module, call, inputs, tensors, state, pool or Pool(where, tensors[0].device))
+            pool = pool or Pool(where, tensors[0].device)
+            graph = Graph(module, call, inputs, tensors, state, pool, kind in self._have_run)
         except RuntimeError as error:  # as where memory is short; nobody asked for graphs
             if self.limit != 'auto':
                 raise
@@ -162,6 +176,7 @@ class CudaGraphs:
         """Give up a graph; others take longer to come if it was of little use."""
         graph = self._graphs.pop(kind)
         self._calls[kind] = 0
+        self._have_run.discard(kind)
         self._patience = CALLS if graph.replays >= WORTH else min(2 * self._patience, MOST_CALLS)
         if graph.is_refused:
             self._refused.add(kind)

@@ -15,7 +15,7 @@ finite maps and gradients. Otherwise no time is reported. `models.py` says what 
 
 Times are medians, with the 10th and 90th percentile, of calls one after the other; "latency" waits for each
 call, "host" is the part of it until the call returns. "1.20 x Swin-T" is 1.20 times as fast as Swin-T.
-Ours are as they come, so with CUDA graphs from the fourth call on; "eager" is without (cuda_graphs=0).
+Ours are as they come, so with CUDA graphs from the second call on; "eager" is without (cuda_graphs=0).
 
 Writes backbone.json after each row, and backbone.png (with --sweep, backbone_sweep.*). The exit status is 1
 if a row failed or was wrong; a row that ran out of memory, and an absent peer, only say so.
