@@ -16,7 +16,9 @@ except ImportError as error:
         '(the maintained onedl packages) or install the OpenMMLab line that you already use.'
     ) from error
 
-MODELS = _root.Registry('model', parent=_root.MODELS, scope='mmvig', locations=['mmvig.backbones'])
+MODELS = _root.Registry(
+    'model', parent=_root.MODELS, scope='mmvig', locations=['mmvig.backbones', 'mmvig.conv', 'mmvig.necks']
+)
 
 
 def _built_lazily(module: str, name: str) -> Callable:

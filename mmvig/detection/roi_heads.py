@@ -15,8 +15,8 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmvig.detection.task_modules import MOST_OVERLAPS, MaxIoUAssigner, RandomSampler, is_traced
-from mmvig.ops.plain import has_methods_of
+from mmvig.detection.task_modules import MOST_OVERLAPS, MaxIoUAssigner, RandomSampler
+from mmvig.ops.plain import has_methods_of, is_traced
 
 MASKS = 32  # of whose multiples FCNMaskHead makes its batches
 

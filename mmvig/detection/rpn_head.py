@@ -13,6 +13,7 @@ from mmdet.structures.bbox import get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from mmvig.conv import Conv2d
 from mmvig.cuda_graphs import CudaGraphs
 from mmvig.detection.task_modules import (
     MOST_OVERLAPS,
@@ -20,9 +21,8 @@ from mmvig.detection.task_modules import (
     Kept,
     MaxIoUAssigner,
     RandomSampler,
-    is_traced,
 )
-from mmvig.ops.plain import has_global_hooks, has_hooks, has_methods_of, is_plain
+from mmvig.ops.plain import has_global_hooks, has_hooks, has_methods_of, is_plain, is_traced
 
 
 class RPNHead(_RPNHead):
@@ -44,6 +44,12 @@ class RPNHead(_RPNHead):
         super().__init__(*args, **kwargs)
         self.graphs = CudaGraphs(cuda_graphs)
         self._kept, self._flags = Kept(), Kept()
+
+    def _init_layers(self) -> None:
+        super()._init_layers()
+        for name in ('rpn_cls', 'rpn_reg'):
+            theirs = getattr(self, name)
+            setattr(self, name, Conv2d(theirs.in_channels, theirs.out_channels, 1))
 
     def loss_and_predict(
         self, x: Sequence[Tensor], batch_data_samples: SampleList, proposal_cfg: dict | None = None

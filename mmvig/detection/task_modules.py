@@ -14,7 +14,7 @@ from mmdet.models.task_modules import RandomSampler as _RandomSampler
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor
 
-from mmvig.ops.plain import is_watched
+from mmvig.ops.plain import is_traced
 from mmvig.registry import TASK_UTILS
 
 MOST_SIZES = 64  # keys of which a Kept has what was made
@@ -177,11 +177,6 @@ def _size(made) -> int:
     if isinstance(made, Tensor):
         return made.numel() * made.element_size()
     return sum(map(_size, made)) if isinstance(made, (tuple, list)) else 0
-
-
-def is_traced() -> bool:
-    """Whether a compiler, tracer or exporter looks on, for which sizes must stay open."""
-    return torch.compiler.is_compiling() or is_watched() or torch.onnx.is_in_onnx_export()
 
 
 def is_captured() -> bool:

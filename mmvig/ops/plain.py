@@ -54,6 +54,11 @@ def is_watched() -> bool:
     )
 
 
+def is_traced() -> bool:
+    """Whether a compiler, tracer or exporter looks on, for which sizes must stay open."""
+    return torch.compiler.is_compiling() or is_watched() or torch.onnx.is_in_onnx_export()
+
+
 def has_methods_of(module: nn.Module, kind: type, *names: str) -> bool:
     """Whether a module has these methods of a class, not a subclass's or ones set in the instance."""
     return all(

@@ -63,6 +63,7 @@ PROFILED = 12  # iterations of the profiler's turn
 # Parts of mmdet that have a faster form here.
 WRAPPED = (
     'AnchorGenerator',
+    'Conv2d',
     'DeltaXYWHBBoxCoder',
     'DetDataPreprocessor',
     'FCNMaskHead',

@@ -12,7 +12,13 @@ model = dict(
         non_blocking=True,  # copies to the GPU do not wait for what it still computes
     ),
     backbone=dict(type='mmvig.ViGH', arch='tiny', drop_path_rate=0.2),
-    neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=5),
+    neck=dict(
+        type='FPN',
+        in_channels=[96, 192, 384, 768],
+        out_channels=256,
+        num_outs=5,
+        conv_cfg=dict(type='mmvig.Conv2d'),
+    ),
     rpn_head=dict(
         type='mmvig.RPNHead',
         in_channels=256,
