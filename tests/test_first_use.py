@@ -489,10 +489,13 @@ def test_after_noting_nothing_is_left_to_compile(training, monkeypatch):
         model.first_use.prepare(model, model._compute, image())
         assert torch.equal(torch.cuda.get_rng_state(), state)
         maps = model(image())
+        larger = torch.rand(2, 3, 160, 192, device='cuda')  # no map's side is a multiple of 7
+        model.first_use.prepare(model, model._compute, larger)
+        others = [model(x) for x in (larger, larger.new_ones(2, 3, 192, 224))]
     if training:
-        sum(y.float().mean() for y in maps).backward()
+        sum(y.float().mean() for each in (maps, *others) for y in each).backward()
     assert late[::2] == late[1::2]
-    del maps
+    del maps, others, larger
     model.zero_grad()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() - memory < 2**25  # buffers that last

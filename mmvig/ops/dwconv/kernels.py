@@ -9,8 +9,7 @@ import triton.language as tl
 
 from mmvig.ops.arithmetic import sigmoid
 
-# Columns of a strip: the first number that divides a map's, else the last.
-COLUMNS = 7, 4
+COLUMNS = 7  # of a strip; the last in a row may have fewer
 
 
 @triton.jit

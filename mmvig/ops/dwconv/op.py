@@ -24,22 +24,21 @@ RESIDENT = 3
 
 
 @functools.lru_cache(maxsize=64)
-def constants_of(C: int, columns: int, channels: int, block: int, num_warps: int, **more) -> Constants:
+def constants_of(C: int, channels: int, block: int, num_warps: int, **more) -> Constants:
     """Constants of both kernels."""
     while C % block and block > 32:
         block //= 2
     strips = 32 * num_warps * channels // block
-    return Constants(C=C, COLUMNS=columns, BP=strips, BC=block, num_warps=num_warps, **more)
+    return Constants(C=C, COLUMNS=COLUMNS, BP=strips, BC=block, num_warps=num_warps, **more)
 
 
 @functools.lru_cache(maxsize=1024)
 def divide(shape: torch.Size, device: torch.device, fill: int, **form) -> tuple[Constants, tuple, int, int]:
     """Constants, numbers of strips and of their rows, of tiles of strips, of programs for one of these."""
     batch, height, width, channels = shape
-    columns = next((x for x in COLUMNS if width % x == 0), COLUMNS[-1])
-    constants = constants_of(channels, columns, **form)
+    constants = constants_of(channels, **form)
     blocks = ceil_div(channels, constants['BC'])
-    across, most = batch * ceil_div(width, columns), ceil_div(height, MIN_ROWS)
+    across, most = batch * ceil_div(width, COLUMNS), ceil_div(height, MIN_ROWS)
     down = min(most, ceil_div(fill * multiprocessors(device) * constants['BP'], across * blocks))
     down = next((x for x in range(down, most + 1) if height % x == 0), down)  # or the last is shorter
     rows = ceil_div(height, down)
