@@ -925,6 +925,27 @@ def test_memory_is_freed():
     assert size and reserved() <= before - size
 
 
+@gpu
+def test_graphs_in_garbage_do_not_break_a_capture():
+    new = make()
+    train_step(new, images())
+    compute, thresholds = new._compute, gc.get_threshold()
+
+    def computed(x):
+        if torch.cuda.is_current_stream_capturing():
+            gc.set_threshold(1)
+        return [compute(x), [[] for _ in range(100)]][0]
+
+    new._compute = computed
+    gc.set_threshold(10**8)
+    try:
+        warm(make(), images())  # garbage: it makes a cycle
+        warm(new, images())
+    finally:
+        gc.set_threshold(*thresholds)
+    assert new.graphs.outcomes()['capture'] == 1
+
+
 SIDES = (160, 64, 128, 96)
 
 

@@ -1,6 +1,7 @@
 """How a pass is captured and replayed: what it reads, its memory, and its gradients."""
 
 import contextlib
+import gc
 import operator
 import threading
 import weakref
@@ -103,6 +104,18 @@ class State:
         return list(map(id, self._objects())) == self.identities and self._values() == self.values
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage meanwhile: there may be a graph in it, whose end breaks a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Pool:
     """The memory of one thread's and stream's graphs, of which one is in use at a time."""
 
@@ -121,7 +134,7 @@ class Pool:
         As ``torch.cuda.graph`` does, which besides waits for the GPU and gives all cached memory back: the
         passes after it then take as long again to get that.
         """
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), _no_collection():
             # Not the mode 'global': other threads may pin memory for the next batches.
             graph.capture_begin(self.handle, capture_error_mode='thread_local')
             try:
