@@ -24,14 +24,22 @@ FOLDER = Path(__file__).parents[1] / 'configs'
 DETECTION = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob('detection/*.py'))
 SEGMENTATION = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob('segmentation/*.py'))
 CONFIGS = DETECTION + SEGMENTATION
-PUBLISHED = [name for name in CONFIGS if re.search(r'_vigh_[tsb](_3x_ms)?\.py$', name)]
+# Full recipes, those that test_recipes.py compares with mmdet's and mmseg's own among them.
+PUBLISHED = [name for name in CONFIGS if re.search(r'_vigh?_[tsb](_3x_ms)?\.py$', name)]
+SWINS = [name for name in PUBLISHED if re.search(r'/(maskrcnn|retinanet|fcos|upernet)_vigh_', name)]
+BATCHES = {'rtmdet_vigh_t': 128, 'semfpn_vigh_t': 32, **{f'maskrcnn_vig_{size}': 64 for size in 'tsb'}}
 SIZE = (32, 64)  # of an image
 LOADED = (
     'detection/maskrcnn_vigh_t.py',
     'detection/maskrcnn_vigh_t_3x_ms.py',
     'detection/maskrcnn_vigh_t_shapes.py',
     'detection/maskrcnn_vigh_t_shapes_cpu.py',
+    'detection/rtmdet_vigh_t.py',
+    'detection/dino_vigh_t.py',
+    'detection/mask2former_vigh_s.py',
+    'detection/maskrcnn_vig_t.py',
     'segmentation/upernet_vigh_t.py',
+    'segmentation/mask2former_vigh_s.py',
     'segmentation/upernet_vigh_t_shapes.py',
 )
 
@@ -42,13 +50,26 @@ def load(name):
     return cfg
 
 
+def has_masks(cfg):
+    return 'panoptic_head' in cfg.model or 'mask_head' in cfg.model.get('roi_head', {})
+
+
+def number_of_classes(cfg):
+    if 'panoptic_head' in cfg.model:
+        return cfg.model.panoptic_head.num_things_classes
+    head = cfg.model.get('roi_head', cfg.model).bbox_head
+    return (head[0] if isinstance(head, list) else head).num_classes
+
+
 def batch_for(cfg, size=SIZE):
     """Two random images with ground truth, as the data loader gives them."""
     if cfg.default_scope == 'mmdet':
-        has_masks = 'roi_head' in cfg.model
-        head = cfg.model.roi_head.bbox_head if has_masks else cfg.model.bbox_head
         batch = demo_mm_inputs(
-            2, [(3, *size)] * 2, num_items=[4, 4], num_classes=head.num_classes + 1, with_mask=has_masks
+            2,
+            [(3, *size)] * 2,
+            num_items=[4, 4],
+            num_classes=number_of_classes(cfg) + 1,
+            with_mask=has_masks(cfg),
         )
         for sample in batch['data_samples']:
             sample.gt_instances.labels -= 1  # drawn from 1 on
@@ -70,11 +91,37 @@ def take_few_regions(cfg):
     """Of what a config has, at most this many: most of a step on a small image would be theirs."""
     train, test = cfg.model.train_cfg, cfg.model.test_cfg
     for holder, key in (
-        (train.rcnn.sampler, 'num'),
+        *((each.sampler, 'num') for each in (train.rcnn if isinstance(train.rcnn, list) else [train.rcnn])),
         (train.rpn_proposal, 'max_per_img'),
         (test.rpn, 'max_per_img'),
     ):
         holder[key] = min(holder[key], 32)
+
+
+# Heads that are larger than a small image: fewer queries, layers and points. What meets the backbone stays.
+SMALL_MASK2FORMER = {
+    'num_queries': 10,
+    'pixel_decoder.encoder.num_layers': 1,
+    'transformer_decoder.num_layers': 1,
+}
+SMALL = {
+    'detection/dino_vigh_t.py': {
+        'model.num_queries': 20,
+        'model.encoder.num_layers': 1,
+        'model.decoder.num_layers': 2,
+        'model.dn_cfg.group_cfg.num_dn_queries': 4,
+        'model.test_cfg.max_per_img': 10,
+    },
+    'detection/mask2former_vigh_s.py': {
+        **{f'model.panoptic_head.{key}': value for key, value in SMALL_MASK2FORMER.items()},
+        'model.train_cfg.num_points': 64,
+        'model.test_cfg.max_per_image': 10,
+    },
+    'segmentation/mask2former_vigh_s.py': {
+        **{f'model.decode_head.{key}': value for key, value in SMALL_MASK2FORMER.items()},
+        'model.decode_head.train_cfg.num_points': 64,
+    },
+}
 
 
 # Configs that differ in data or schedule alone have one model and one optimiser.
@@ -88,13 +135,19 @@ for name in CONFIGS:
 def test_model_trains_a_step_and_predicts(name):
     torch.manual_seed(0)
     cfg = load(name)
-    if 'size' in cfg.model.data_preprocessor:
-        cfg.model.data_preprocessor.size = SIZE
+    cfg.merge_from_dict(SMALL.get(name, {}))
+    preprocessor = cfg.model.data_preprocessor
+    if 'size' in preprocessor:
+        preprocessor.size = SIZE
+    for augment in preprocessor.get('batch_augments', ()):
+        augment.size = SIZE
     if 'roi_head' in cfg.model:
         take_few_regions(cfg)
     model = MODELS.build(cfg.model)
+    model.init_weights()  # as mmengine's Runner does: DINO has embeddings that nothing else initialises
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    before = model.backbone.norm3.weight.detach().clone()
+    last_norm = getattr(model.backbone, f'norm{model.backbone.out_indices[-1]}')
+    before = last_norm.weight.detach().clone()
 
     model.train()
     losses = model(**model.data_preprocessor(batch_for(cfg), True), mode='loss')
@@ -104,7 +157,7 @@ def test_model_trains_a_step_and_predicts(name):
     without_gradient = [key for key, value in model.named_parameters() if value.grad is None]
     assert without_gradient == [], 'unused parameters stop distributed training'
     optim_wrapper.step()
-    assert not torch.equal(model.backbone.norm3.weight, before)
+    assert not torch.equal(last_norm.weight, before)
 
     model.eval()
     with torch.no_grad():
@@ -112,7 +165,7 @@ def test_model_trains_a_step_and_predicts(name):
     assert len(predictions) == 2
     if cfg.default_scope == 'mmdet':
         found = predictions[0].pred_instances
-        assert 'roi_head' not in cfg.model or found.masks.shape == (len(found), *SIZE)
+        assert not has_masks(cfg) or found.masks.shape == (len(found), *SIZE)
         assert found.bboxes.shape == (len(found), 4)
     else:
         assert predictions[0].pred_sem_seg.shape == SIZE
@@ -126,19 +179,33 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize('name', PUBLISHED)
+@pytest.mark.parametrize('name', [name for name in PUBLISHED if '_vigh_' in name])
 def test_backbone_is_the_one_in_the_name(name):
     cfg = load(name)
-    arch, drop_path, channels = BACKBONES[Path(name).stem.split('_')[2]]
+    arch, drop_path, channels = BACKBONES[re.search(r'_vigh_([tsb])', name)[1]]
     expected = {'type': 'mmvig.ViGH', 'arch': arch, 'drop_path_rate': drop_path}
     if 'bbox_head' in cfg.model:  # reads no map of stride 4
         expected['out_indices'], channels = (1, 2, 3), channels[1:]
     assert cfg.model.backbone == expected
-    receiver = cfg.model.neck if 'neck' in cfg.model else cfg.model.decode_head
-    assert receiver.in_channels == channels
+    receivers = [cfg.model.get(part) for part in ('neck', 'panoptic_head', 'decode_head')]
+    assert next(each for each in receivers if each).in_channels == channels
 
 
-@pytest.mark.parametrize('name', [name for name in PUBLISHED if name in DETECTION])
+@pytest.mark.parametrize('name', [name for name in PUBLISHED if '_vig_' in name])
+def test_plain_backbone_is_the_one_in_the_name(name):
+    cfg = load(name)
+    arch, width = {'t': ('tiny', 192), 's': ('small', 384), 'b': ('base', 768)}[Path(name).stem[-1]]
+    expected = {'type': 'mmvig.ViG', 'arch': arch, 'drop_path_rate': 0.1}
+    if name in DETECTION:
+        assert cfg.model.backbone == {**expected, 'img_size': 1024}
+        assert cfg.model.neck == {'type': 'mmvig.SimpleFPN', 'in_channels': width, 'out_channels': 256}
+    else:
+        assert cfg.model.backbone == {**expected, 'img_size': 512, 'out_indices': (2, 5, 8, 11)}
+        assert cfg.model.neck.embed_dim == cfg.model.auxiliary_head.in_channels == width
+        assert cfg.model.decode_head.in_channels == [width] * 4
+
+
+@pytest.mark.parametrize('name', [name for name in SWINS if name in DETECTION])
 def test_detection_recipe(name):
     cfg = load(name)
     epochs, steps = (36, [27, 33]) if '3x' in name else (12, [8, 11])
@@ -167,7 +234,7 @@ def test_detection_recipe(name):
         assert cfg.train_dataloader.dataset.pipeline[2] == test_resize
 
 
-@pytest.mark.parametrize('name', [name for name in PUBLISHED if name in SEGMENTATION])
+@pytest.mark.parametrize('name', [name for name in SWINS if name in SEGMENTATION])
 def test_segmentation_recipe(name):
     cfg = load(name)
     warm_up, decay = cfg.param_scheduler
@@ -198,17 +265,25 @@ def test_checkpoints_and_batch_size(name):
     by_epoch = cfg.train_cfg.type == 'EpochBasedTrainLoop'
     assert checkpoint.get('by_epoch', True) == cfg.log_processor.by_epoch == by_epoch
     assert not cfg.auto_scale_lr.enable
-    assert cfg.auto_scale_lr.base_batch_size == (16 if name in PUBLISHED else 8)
+    batch = 16 if name in PUBLISHED else 8
+    assert cfg.auto_scale_lr.base_batch_size == BATCHES.get(Path(name).stem, batch)
     if not by_epoch:
-        assert cfg.train_cfg.max_iters % cfg.train_cfg.val_interval == 0
-        assert cfg.train_cfg.max_iters % checkpoint.interval == 0
-        assert cfg.param_scheduler[-1].end == cfg.train_cfg.max_iters
+        train_cfg = cfg.train_cfg
+        # mmengine saves after the last iteration too, and validates there where a last interval says so.
+        assert (
+            checkpoint.interval == train_cfg.val_interval or train_cfg.max_iters % checkpoint.interval == 0
+        )
+        assert checkpoint.get('save_last', True)
+        (_, last), *_ = train_cfg.get('dynamic_intervals', [(0, train_cfg.val_interval)])
+        assert train_cfg.max_iters % last == 0
+        assert cfg.param_scheduler[-1].end == train_cfg.max_iters
 
 
 @pytest.mark.parametrize('path', sorted(FOLDER.glob('[a-z]*/*.py')), ids=lambda path: path.stem)
 def test_the_optimiser_takes_its_step_in_few_launches(path):
     optim_wrapper = Config.fromfile(path).optim_wrapper
-    assert optim_wrapper.constructor == 'mmvig.OptimWrapperConstructor'
+    layers = 'LayerDecay' if path.stem.startswith('maskrcnn_vig_') else ''
+    assert optim_wrapper.constructor == f'mmvig.{layers}OptimWrapperConstructor'
     assert optim_wrapper.optimizer.fused
 
 
@@ -272,13 +347,17 @@ def test_data_pipelines(name, shapes_root):
     np.random.seed(0)  # now and then a random crop holds no object
     cfg = load(name)
     train = on_shapes(cfg, 'train_dataloader', shapes_root)
-    batch = pseudo_collate([train[i] for i in range(len(train))])
+    count = 10 if 'rtmdet' in name else 4  # the fifth image is the first in a mosaic
+    batch = pseudo_collate([train[i % 4] for i in range(count)])
     assert len(train) == 4
     samples = batch['data_samples']
     if cfg.default_scope == 'mmdet':
         for image, sample in zip(batch['inputs'], samples, strict=True):
             truth = sample.gt_instances
-            assert image.shape[1:] == (truth.masks.height, truth.masks.width) == sample.img_shape
+            sizes = {tuple(image.shape[1:]), sample.img_shape}
+            if has_masks(cfg):
+                sizes.add((truth.masks.height, truth.masks.width))
+            assert len(sizes) == 1
             assert len(truth) and truth.labels.min() >= 0 and truth.labels.max() < 6
     else:
         labels = torch.cat([sample.gt_sem_seg.data.flatten() for sample in samples]).unique()
@@ -291,6 +370,26 @@ def test_data_pipelines(name, shapes_root):
     views = on_shapes(load(name), 'test_dataloader', shapes_root, cfg.tta_pipeline)[0]
     assert sorted({sample.flip for sample in views['data_samples']}) == [False, True]
     assert len(views['inputs']) == len(views['data_samples']) >= 2
+
+
+def test_masks_are_polygons_unless_the_loss_reads_them_whole():
+    loads = {
+        name: load(name).train_dataloader.dataset.pipeline[1] for name in PUBLISHED if name in DETECTION
+    }
+    with_masks = {name: each.type for name, each in loads.items() if each.get('with_mask')}
+    bitmaps = [name for name, kind in with_masks.items() if kind != 'mmvig.LoadAnnotations']
+    assert bitmaps == ['detection/mask2former_vigh_s.py'] and len(with_masks) == 10
+
+
+def test_the_last_epochs_of_rtmdet_have_plain_images(shapes_root):
+    cfg = load('detection/rtmdet_vigh_t.py')
+    (hook,) = (hook for hook in cfg.custom_hooks if hook.type == 'PipelineSwitchHook')
+    assert hook.switch_epoch == 90 == cfg.train_cfg.dynamic_intervals[0][0]
+    before = {step.type for step in cfg.train_dataloader.dataset.pipeline}
+    after = {step.type for step in hook.switch_pipeline}
+    assert after < before and before - after == {'CachedMosaic', 'CachedMixUp'}
+    train = on_shapes(cfg, 'train_dataloader', shapes_root, hook.switch_pipeline)
+    assert train[0]['inputs'].shape == (3, 640, 640)
 
 
 @pytest.mark.parametrize('name', [name for name in CONFIGS if name.startswith('segmentation')])

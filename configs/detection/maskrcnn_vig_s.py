@@ -1,0 +1,3 @@
+_base_ = ['./maskrcnn_vig_t.py']
+
+model = dict(backbone=dict(arch='small'), neck=dict(in_channels=384))

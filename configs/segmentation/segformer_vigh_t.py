@@ -1,0 +1,8 @@
+_base_ = [
+    '../_base_/models/segformer_vigh.py',
+    '../_base_/datasets/ade20k.py',
+    '../_base_/schedules/adamw_160k.py',
+    '../_base_/segmentation_runtime.py',
+]
+
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys=dict(head=dict(lr_mult=10.0))))
