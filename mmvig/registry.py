@@ -50,7 +50,9 @@ HOOKS = _root.Registry(
     'hook',
     parent=_root.HOOKS,
     scope='mmvig',
-    locations=['mmvig.engine.cuda_graphs_hook', 'mmvig.engine.runtime_info_hook'],
+    locations=[
+        f'mmvig.engine.{name}' for name in ('cuda_graphs_hook', 'gc_freeze_hook', 'runtime_info_hook')
+    ],
 )
 TASK_UTILS = _root.Registry(
     'task util', parent=_root.TASK_UTILS, scope='mmvig', locations=['mmvig.detection']

@@ -7,6 +7,7 @@ env_cfg = dict(
 )
 default_hooks = dict(
     runtime_info=dict(type='mmvig.RuntimeInfoHook'),
+    gc=dict(type='mmvig.GCFreezeHook'),
     timer=dict(type='IterTimerHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
