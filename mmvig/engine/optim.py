@@ -46,6 +46,8 @@ class OptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """Build the optimiser and its wrapper for a model."""
         self._merged = None
         optim_wrapper = super().__call__(model)
+        groups = optim_wrapper.optimizer.param_groups
+        groups[:] = map(dict, groups)  # PyTorch looks into them for each parameter, and ConfigDict is slow
         if self._merged is not None:
             optim_wrapper.optimizer.register_load_state_dict_pre_hook(_StateIntoGroups(self._merged))
         return optim_wrapper
