@@ -17,7 +17,7 @@ from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder, MaxIoUAssigner, RandomSampler
 from mmdet.structures import DetDataSample
-from mmdet.structures.mask import PolygonMasks
+from mmdet.structures.mask import BitmapMasks, PolygonMasks
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, TASK_UTILS
 from mmengine.structures import InstanceData
@@ -641,8 +641,31 @@ def test_losses_of_few_regions():
             assert_close(result.pos_gt_labels, each.labels[numbers])
             assert result.pos_is_gt.bool().tolist() == (result.pos_inds < len(each)).tolist()
             assert result.num_gts == len(each) and result.avg_factor == 16
+            assert_close(torch.from_numpy(result.fetched[0]), result.pos_priors, rtol=0, atol=0)
+            assert result.fetched[1].tolist() == numbers.tolist()
             seen.add((len(each), *result.pos_inds.sort().values.tolist()))
     assert len(seen) > 10  # others each time
+
+
+@pytest.mark.parametrize('kind', [PolygonMasks, BitmapMasks])
+def test_masks_of_regions_on_the_host_are_mmdets(kind, monkeypatch):
+    """Polygons without a look at the GPU's memory, bitmaps by mmdet."""
+    ours, _ = roi_head()
+    generator = torch.Generator().manual_seed(0)
+    truth = [InstanceData(bboxes=boxes(n, generator, 100), labels=torch.zeros(n).long()) for n in (3, 9)]
+    for each in truth:
+        corners = each.bboxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].double().numpy() - 5
+        each.masks = PolygonMasks([[own] for own in corners], 90, 80)
+        if kind is BitmapMasks:
+            each.masks = each.masks.to_bitmap()
+    drawn = ours._draw([each.bboxes + 1 for each in truth], truth)
+    cfg = ConfigDict(mask_size=7)
+    expected = FCNMaskHead.get_targets(ours.mask_head, drawn, truth, cfg)
+    if kind is PolygonMasks:
+        monkeypatch.setattr(torch.Tensor, 'cpu', None)
+    actual = ours.mask_head.get_targets(drawn, truth, cfg)
+    assert 0.1 < actual.mean() < 0.9
+    assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_other_targets_are_mmdets(monkeypatch):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import chain
 
+import numpy as np
 import torch
 from mmdet.models.roi_heads import StandardRoIHead as _StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
@@ -11,8 +12,11 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor as _SingleR
 from mmdet.models.task_modules import SamplingResult
 from mmdet.models.utils import unpack_gt_instances
 from mmdet.structures import SampleList
+from mmdet.structures.mask import PolygonMasks
+from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 from torch import Tensor
+from torch.nn.modules.utils import _pair
 from torch.nn.utils.rnn import pad_sequence
 
 from mmvig.detection.task_modules import MOST_OVERLAPS, MaxIoUAssigner, RandomSampler
@@ -78,6 +82,37 @@ class FCNMaskHead(_FCNMaskHead):
             return super().__call__(x)
         filled = torch.cat([x, x.new_zeros(-len(x) % MASKS, *x.shape[1:])])
         return super().__call__(filled)[: len(x)]
+
+    def get_targets(
+        self,
+        sampling_results: list[SamplingResult],
+        batch_gt_instances: list[InstanceData],
+        rcnn_train_cfg: ConfigDict,
+    ) -> Tensor:
+        """What masks of regions with an object are to be, ``[N, h, w]``, in float32.
+
+        Without waiting for the GPU where :class:`StandardRoIHead` has fetched the regions.
+
+        Args:
+            sampling_results: each image's regions.
+            batch_gt_instances: each image's objects, with ``masks``.
+            rcnn_train_cfg: ``mask_size``, and ``soft_mask_target``, by default False.
+        """
+        fetched = [getattr(each, 'fetched', None) for each in sampling_results]
+        masks_of = [each.masks for each in batch_gt_instances]
+        if None in fetched or not all(type(masks) is PolygonMasks for masks in masks_of):
+            return super().get_targets(sampling_results, batch_gt_instances, rcnn_train_cfg)
+        device, size = sampling_results[0].pos_priors.device, _pair(rcnn_train_cfg.mask_size)
+        binarize = not rcnn_train_cfg.get('soft_mask_target', False)
+        targets = []
+        for (boxes, owners), masks in zip(fetched, masks_of, strict=True):
+            boxes = boxes.clip(0, np.array([masks.width, masks.height] * 2, dtype=boxes.dtype))
+            cropped = masks.crop_and_resize(boxes, size, owners, binarize=binarize)
+            targets.append(cropped.to_ndarray())
+        targets = torch.from_numpy(np.concatenate(targets))
+        if device.type == 'cuda':
+            targets = targets.pin_memory().to(device, non_blocking=True)
+        return targets.float()
 
 
 class StandardRoIHead(_StandardRoIHead):
@@ -155,20 +190,24 @@ class StandardRoIHead(_StandardRoIHead):
         numbers = pad_sequence(numbers, batch_first=True, padding_value=-1)
         priors = pad_sequence(priors, batch_first=True)
         (positive, is_positive), (negative, is_negative) = self.bbox_sampler.sample_each(numbers)
-        drawn = torch.stack([is_positive.sum(1), is_negative.sum(1)]).tolist()
         owners = (numbers.gather(1, positive) - 1).clamp(min=0)
+        boxes = priors.gather(1, positive[..., None].expand(-1, -1, 4))
+        # One wait for all that the host must know.
+        found = is_positive.sum(1, keepdim=True), is_negative.sum(1, keepdim=True), owners, boxes.flatten(1)
+        found = torch.cat([each.double() for each in found], 1).cpu().numpy()
         labels = torch.cat([each.labels for each in instances])
         columns = {
             'pos_inds': positive,
             'neg_inds': negative,
-            'pos_priors': priors.gather(1, positive[..., None].expand(-1, -1, 4)),
+            'pos_priors': boxes,
             'neg_priors': priors.gather(1, negative[..., None].expand(-1, -1, 4)),
             'pos_gt_bboxes': objects[owners],
             'pos_gt_labels': labels[owners],
             'pos_assigned_gt_inds': owners,
         }
         results, first = [], 0
-        for i, (many, few) in enumerate(zip(*drawn, strict=True)):
+        for i, row in enumerate(found):
+            many, few = map(int, row[:2])
             result = SamplingResult.__new__(SamplingResult)
             for name, column in columns.items():
                 setattr(result, name, column[i, : many if name.startswith('pos') else few])
@@ -176,6 +215,8 @@ class StandardRoIHead(_StandardRoIHead):
             result.pos_is_gt = (result.pos_inds < (counts[i] if with_own else 0)).to(torch.uint8)
             result.num_pos, result.num_neg, result.num_gts = max(many, 1), max(few, 1), counts[i]
             result.avg_factor_with_neg, result.avg_factor = True, result.num_pos + result.num_neg
+            own_boxes = row[2 + owners.shape[1] :].reshape(-1, 4)[:many].astype(np.float32)
+            result.fetched = own_boxes, row[2 : 2 + many].astype(int) - first
             results.append(result)
             first += counts[i]
         return results
