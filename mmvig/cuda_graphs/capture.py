@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from mmvig.ops.plain import PLAIN_TENSORS, has_global_hooks, has_hooks, has_own_forward
 
 _capturing = threading.Lock()
+_streams: dict[tuple, list[torch.cuda.Stream]] = {}  # of pools that have gone
 _TRAINING, _REQUIRES_GRAD = operator.itemgetter('training'), operator.attrgetter('requires_grad')
 
 
@@ -122,8 +123,11 @@ class Pool:
     def __init__(self, where: tuple, device: torch.device):
         self.where = where
         self.handle = torch.cuda.graph_pool_handle()
-        # Its own: cuBLAS keeps a workspace for each stream, which captures then take from this pool.
-        self.stream = torch.cuda.Stream(device)
+        # Its own: cuBLAS keeps a workspace for each stream, which captures then take from this pool. That
+        # stays when the pool goes, so the next one has the same stream.
+        left = _streams.setdefault((*where, device), [])
+        self.stream = left.pop() if left else torch.cuda.Stream(device)
+        weakref.finalize(self, left.append, self.stream).atexit = False
         self.size = 0  # bytes that nothing else can use
         self.node: weakref.ref | None = None
 
