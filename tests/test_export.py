@@ -1,4 +1,4 @@
-"""ONNX and torch.export of backbones, classifiers and UperNet, through the tool's command line."""
+"""ONNX and torch.export of backbones, classifiers, UperNet and detectors, through the command line."""
 
 import importlib
 import importlib.util
@@ -6,9 +6,11 @@ import logging
 import sys
 from pathlib import Path
 
+import cv2
 import onnx
 import onnxruntime
 import pytest
+import small_detectors
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -16,6 +18,8 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmvig.backbones import ViG
+from mmvig.deploy.check import predict, read_pictures
+from mmvig.deploy.comparison import Detections, compare
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONE = """
@@ -40,7 +44,9 @@ model = dict(
     auxiliary_head=dict(in_channels=64, in_index=1, channels=16),
 )
 """
-MASK_RCNN = ROOT / 'configs/detection/maskrcnn_vigh_t.py'
+MASK_RCNN = f'_base_ = [{str(ROOT / "configs/detection/maskrcnn_vigh_t_shapes_cpu.py")!r}]'
+SOFT_NMS = f"{MASK_RCNN}\nmodel = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))"
+READ = [dict(type='LoadImageFromFile')]
 
 
 @pytest.fixture(scope='module')
@@ -100,10 +106,19 @@ def build(text, scope, tmp_path):
     return model
 
 
-def run_onnx(path, images):
+def run_onnx(path, images, **more):
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(None, {'images': images.numpy()}), strict=True))
+    inputs = {name: x.numpy() for name, x in dict(more, images=images).items()}
+    return dict(zip(names, session.run(None, inputs), strict=True))
+
+
+def domains(path):
+    """Of the operators in an ONNX file, which has no functions of its own."""
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert not model.functions
+    return {node.domain for node in model.graph.node} | {opset.domain for opset in model.opset_import}
 
 
 def test_backbone_of_four_channels_to_onnx(tool, tmp_path):
@@ -111,7 +126,7 @@ def test_backbone_of_four_channels_to_onnx(tool, tmp_path):
     status, said, errors = tool(BACKBONE, 'it.pth', '--out', 'b.onnx', '--shape', '64', '48')
     assert (status, said[-1]) == (0, 'b.onnx'), errors
     assert [line.partition(':')[0] for line in said[:3]] == ['2 x 64 x 48', '1 x 42 x 60', '3 x 33 x 33']
-    onnx.checker.check_model('b.onnx')
+    assert domains('b.onnx') == {''}
     # Sizes that the tool did not check, one of them with many chunks of tokens, one with a single image.
     for shape in ((1, 4, 100, 77), (4, 4, 33, 200), (2, 4, 64, 64)):
         images = torch.randn(shape)
@@ -142,9 +157,59 @@ def test_upernet_to_onnx(tool, tmp_path):
     meta = dict(ori_shape=(101, 70), img_shape=(101, 70), pad_shape=(101, 70))
     with torch.no_grad():
         expected = model.encode_decode(images, [meta])
-    logits = torch.from_numpy(run_onnx('u.onnx', images)['logits'])
+    found = run_onnx('u.onnx', images)
+    logits = torch.from_numpy(found['logits'])
     assert logits.shape == (1, 7, 101, 70)
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+    assert found['labels'].shape == (1, 101, 70)
+    assert (torch.from_numpy(found['labels']) != expected.argmax(1)).float().mean() < 1e-3
+
+
+def detector(config):
+    """A detector with random weights, its config and checkpoint in files."""
+    model = small_detectors.build(config)
+    Config(dict(default_scope='mmdet', test_pipeline=READ, model=config)).dump('d.py')
+    torch.save({'meta': {}, 'state_dict': model.state_dict()}, 'it.pth')
+    return model
+
+
+def compare_detections(model, path, sizes):
+    """In the pixels of what a detector takes, and of the pictures as they were."""
+    count = 0
+    for picture, size in zip(read_pictures(None, []), sizes, strict=True):
+        for own in (False, True):
+            images, expected = predict(model, picture, size, own)
+            more = {'size': torch.tensor(picture.shape[:2])} if own else {}
+            found = map(torch.from_numpy, run_onnx(path, images, **more).values())
+            count += compare(Detections(*found), expected).count
+    return count
+
+
+def test_mask_rcnn_to_onnx(tool):
+    config = small_detectors.config('mask_rcnn')
+    config.test_cfg.rcnn.score_thr = 0.276  # above what it finds where there is nothing
+    model = detector(config)
+    cv2.imwrite('picture.png', read_pictures(None, [])[0])
+    arguments = '--out', 'd.onnx', '--shape', '64', '96', '--pictures', 'picture.png'
+    status, said, errors = tool(Path('d.py'), 'it.pth', *arguments)
+    assert (status, said[-1]) == (0, 'd.onnx'), errors
+    assert [line.partition(':')[0] for line in said[-5:-2]] == [
+        '1 x 64 x 96',
+        '1 x 42 x 120',
+        '1 x 33 x 34',
+    ]
+    assert domains('d.onnx') == {''}
+    assert compare_detections(model, 'd.onnx', [(120, 160), (97, 200), (64, 64)]) >= 5
+    found = run_onnx('d.onnx', torch.zeros(1, 3, 64, 64))
+    assert [x.shape for x in found.values()] == [(0, 4), (0,), (0,), (0, 64, 64)]
+
+
+def test_detr_to_onnx(tool):
+    model = detector(small_detectors.config('detr'))
+    status, said, errors = tool(Path('d.py'), 'it.pth', '--out', 'd.onnx', '--shape', '64', '96')
+    assert (status, said[-1]) == (0, 'd.onnx'), errors
+    assert domains('d.onnx') == {''}
+    assert compare_detections(model, 'd.onnx', [(120, 160), (97, 200), (33, 64)]) == 120
 
 
 def test_backbone_of_any_model_by_torch_export(tool, export, tmp_path, monkeypatch):
@@ -196,7 +261,10 @@ def test_a_wrong_export_is_not_written(tool, export, monkeypatch):
     ('config', 'arguments', 'message'),
     [
         ('no.py', ['--out', 'a.onnx'], 'config is missing'),
-        (MASK_RCNN, ['--out', 'a.onnx'], 'is a MaskRCNN: exported are'),
+        (MASK_RCNN, ['--out', 'a.pt2'], 'is a detector, which is exported as .onnx'),
+        (SOFT_NMS, ['--out', 'a.onnx'], "test_cfg.rcnn: exported is nms=dict(type='nms'"),
+        (MASK_RCNN, ['--out', 'a.onnx', '--pictures', 'no.png'], 'no.png cannot be read'),
+        (BACKBONE, ['--out', 'a.onnx', '--pictures', 'no.png'], '--pictures are for detectors'),
         (BACKBONE, ['--out', 'a.onnx', '--backbone'], 'has none'),
         ('a = 1', ['--out', 'a.onnx'], 'has no model to export'),
         (BACKBONE, ['--out', 'nowhere/a.onnx'], 'there is no folder'),

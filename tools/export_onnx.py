@@ -1,20 +1,28 @@
-"""Export a backbone, a classifier or a segmentor as ONNX or by torch.export, for images of any size.
+"""Export a backbone, a classifier or a segmentor as ONNX or by torch.export, a detector as ONNX.
 
     python tools/export_onnx.py configs/classification/vigh_t_in1k.py vig_h_t.pth --out vigh_t.onnx
     python tools/export_onnx.py configs/segmentation/upernet_vigh_t.py iter.pth --out upernet.onnx
+    python tools/export_onnx.py configs/detection/maskrcnn_vigh_t.py it.pth --out maskrcnn.onnx
     python tools/export_onnx.py configs/detection/maskrcnn_vigh_t.py it.pth --backbone --out it.pt2
 
 The input `images` is float32 [batch, channels, height, width], RGB, normalised as the config says.
 Batch, height and width are free, from 33 pixels on. Outputs: `logits` [batch, classes] of a classifier,
-`logits` [batch, classes, height, width] of a segmentor, `map0`, `map1`, ... of a backbone, at its strides.
+`logits` [batch, classes, height, width] of a segmentor, in ONNX also `labels` [batch, height, width], its
+label map; `map0`, `map1`, ... of a backbone, at its strides.
+
+A detector takes one image, not padded, and gives its N detections, the best first: `boxes` [N, 4],
+`labels` [N], `scores` [N], and bool `masks` [N, height, width] where it has masks. They are in pixels of
+`images`, or of a picture of another size: the optional input `size`, int64 [2], its height and width.
 
 Before anything is written, the exported model runs at three sizes, of which it was traced at one, and must
-give what the model gives in PyTorch.
+give what the model gives in PyTorch. A detector does so on pictures: those of --pictures, or else generated
+ones.
 """
 
 import argparse
 import functools
 import importlib.util
+import inspect
 import io
 import logging
 import sys
@@ -47,7 +55,7 @@ OPSETS = range(18, 24)
 TOLERANCE = 1e-3  # of the largest output, or of 1
 MIN_SIDE = 33  # two tokens a side at stride 32, as tracing takes a size of 1 for a constant
 MAX_ROWS, MAX_TOKENS = 2**20, 2**25  # batch * heads; 2**25: more than 16384 x 16384 pixels have at stride 4
-SHAPES = {'mmseg': (512, 512)}
+SHAPES = {'mmseg': (512, 512), 'mmdet': (480, 640)}
 DEFAULT_SHAPE = (224, 224)
 
 
@@ -65,7 +73,7 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         type=int,
         metavar=('H', 'W'),
-        help='image size to trace; default: 512 512 for segmentors, else 224 224',
+        help='image size to trace; default: 512 512 for segmentors, 480 640 for detectors, else 224 224',
     )
     parser.add_argument(
         '--opset',
@@ -73,25 +81,42 @@ def parse_args() -> argparse.Namespace:
         default=OPSETS[0],
         help=f'of ONNX, {OPSETS[0]} to {OPSETS[-1]}; default: %(default)s',
     )
+    parser.add_argument(
+        '--pictures',
+        nargs='+',
+        metavar='FILE',
+        help='image files to check a detector on; default: generated',
+    )
     return parser.parse_args()
 
 
 class Segmentor(nn.Module):
-    """A segmentor of mmseg without what is for training alone: images to logits of their size."""
+    """A segmentor of mmseg without what is for training alone: images to logits of their size.
 
-    def __init__(self, model: nn.Module):
+    Args:
+        model: the segmentor.
+        labels: whether to give the label map too.
+    """
+
+    def __init__(self, model: nn.Module, labels: bool):
         super().__init__()
         self.model = model
+        self.output_names = ['logits', 'labels'] if labels else ['logits']
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, classes, H, W]."""
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, C, H, W] -> [B, classes, H, W], and int64 [B, H, W]."""
         head = self.model.decode_head
         logits = head(self.model.extract_feat(images))
-        return F.interpolate(logits, images.shape[2:], mode='bilinear', align_corners=head.align_corners)
+        logits = F.interpolate(logits, images.shape[2:], mode='bilinear', align_corners=head.align_corners)
+        if 'labels' not in self.output_names:
+            return logits
+        if logits.shape[1] == 1:
+            return logits, (logits.sigmoid() > head.threshold).squeeze(1).long()
+        return logits, logits.argmax(1)
 
 
-def build(cfg: Config, checkpoint: str | None, backbone: bool) -> nn.Module:
-    """The model to be exported, in evaluation mode on the CPU: images to a tensor or a tuple of maps.
+def build(cfg: Config, checkpoint: str | None, backbone: bool, onnx: bool) -> nn.Module:
+    """The model to be exported, in evaluation mode on the CPU: images to a tensor or a tuple of them.
 
     Raises:
         SetupError: The config is of another kind, or the checkpoint does not fit.
@@ -106,10 +131,14 @@ def build(cfg: Config, checkpoint: str | None, backbone: bool) -> nn.Module:
         raise SetupError(f'--backbone: the model of {cfg.filename} has none')
     model = revert_sync_batchnorm(MODELS.build(cfg.model.backbone) if backbone else cli.build_model(cfg))
     kinds = {kind.__name__ for kind in type(model).__mro__}
-    if not (isinstance(model, Backbone) or kinds & {'ImageClassifier', 'EncoderDecoder'}):
+    if not (isinstance(model, Backbone) or kinds & {'ImageClassifier', 'EncoderDecoder', 'BaseDetector'}):
         raise SetupError(
-            f'{cfg.filename} is a {type(model).__name__}: exported are backbones of mmvig, ImageClassifier '
-            'and EncoderDecoder; the backbone of any model is with --backbone'
+            f'{cfg.filename} is a {type(model).__name__}: exported are backbones of mmvig, detectors, '
+            'ImageClassifier and EncoderDecoder; the backbone of any model is with --backbone'
+        )
+    if 'BaseDetector' in kinds and not onnx:
+        raise SetupError(
+            f'{cfg.filename} is a detector, which is exported as .onnx; its --backbone is as .pt2 too'
         )
     use_any_device(model)
     if checkpoint:
@@ -118,7 +147,16 @@ def build(cfg: Config, checkpoint: str | None, backbone: bool) -> nn.Module:
         MMLogger.get_instance('mmvig.export').setLevel(logging.WARNING)  # a line a parameter otherwise
         model.init_weights()
     model.eval().requires_grad_(False)
-    return Segmentor(model) if 'EncoderDecoder' in kinds else model
+    if 'BaseDetector' in kinds:
+        from mmvig.deploy.detectors import Detector
+
+        return Detector(model)
+    return Segmentor(model, labels=onnx) if 'EncoderDecoder' in kinds else model
+
+
+def takes_size(model: nn.Module) -> bool:
+    """Whether a model is a detector, which takes a size besides one image."""
+    return 'size' in inspect.signature(model.forward).parameters
 
 
 class _Core(nn.Module):
@@ -169,33 +207,51 @@ def _adaptive_average(pool: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:
 
 
 def trace(model: nn.Module, shape: tuple[int, int]) -> torch.export.ExportedProgram:
-    """torch.export of a model of images, with batch, height and width free."""
+    """torch.export of a model of images, with batch (but for a detector's), height and width free."""
     dims = {
         0: torch.export.Dim('batch', min=1, max=65536),
         2: torch.export.Dim('height', min=MIN_SIDE, max=MAX_SIDE),
         3: torch.export.Dim('width', min=MIN_SIDE, max=MAX_SIDE),
     }
     # Two images: a batch of one would be taken for a constant.
-    images = torch.rand(2, input_channels(model), *shape)
-    with torch.no_grad(), mock.patch.object(nn.AdaptiveAvgPool2d, 'forward', _adaptive_average):
-        return torch.export.export(model, (images,), dynamic_shapes=(dims,))
+    inputs, dynamic = (torch.rand(2, input_channels(model), *shape),), (dims,)
+    if takes_size(model):
+        del dims[0]
+        inputs, dynamic = (inputs[0][:1], torch.zeros(2, dtype=torch.int64)), (dims, None)
+    average = mock.patch.object(nn.AdaptiveAvgPool2d, 'forward', _adaptive_average)
+    with torch.no_grad(), average, warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)  # of deprecations within torchvision
+        return torch.export.export(model, inputs, dynamic_shapes=dynamic)
 
 
 def to_onnx(model: nn.Module, shape: tuple[int, int], opset: int) -> bytes:
-    """A model as ONNX, BiGLA as a function that all blocks share."""
+    """A model as ONNX, of standard operators alone."""
     import onnx_ir
+    from onnx_ir.passes.common import InlinePass
 
     calls = _CoreCalls()
     with mock.patch('mmvig.backbones.mixer.bigla_packed', calls):
         program = trace(model, shape)
-    with torch.no_grad():
-        outputs = model(torch.zeros(1, input_channels(model), *shape))
-    names = [f'map{i}' for i in range(len(outputs))] if isinstance(outputs, tuple) else ['logits']
-    exported = _convert(program, opset, input_names=['images'], output_names=names)
+    inputs = ['images', 'size'] if takes_size(model) else ['images']
+    exported = _convert(program, opset, input_names=inputs, output_names=_output_names(model, shape))
+    if takes_size(model):  # an input with an initialiser is optional
+        size = exported.graph.inputs[1]
+        size.const_value = onnx_ir.tensor([0, 0], name='size')
+        exported.graph.register_initializer(size)
     for widths in calls.widths:
         function = onnx_ir.from_proto(_core_function(widths, opset))
         exported.functions[function.identifier()] = function
+    InlinePass()(exported)
+    exported.opset_imports.pop('mmvig', None)
     return onnx_ir.to_proto(exported).SerializeToString()
+
+
+def _output_names(model: nn.Module, shape: tuple[int, int]) -> list[str]:
+    if hasattr(model, 'output_names'):
+        return model.output_names
+    with torch.no_grad():
+        outputs = model(torch.zeros(1, input_channels(model), *shape))
+    return [f'map{i}' for i in range(len(outputs))] if isinstance(outputs, tuple) else ['logits']
 
 
 @functools.cache
@@ -217,6 +273,10 @@ def _core_function(widths: tuple[int, int], opset: int):
         initializer.replace_all_uses_with(constant.outputs[0])
         graph.insert_before(graph[0], constant)
     graph.initializers.clear()
+    # onnxruntime gives values one buffer whose sizes have one name, and each call has sizes of its own.
+    for node in graph:
+        for value in node.outputs:
+            value.shape = None
     return onnx_ir.to_proto(onnx_ir.Function('mmvig', _core_name(widths), graph=graph, attributes=[]))
 
 
@@ -234,12 +294,20 @@ def to_program(model: nn.Module, shape: tuple[int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def run_onnx(data: bytes) -> Callable[[Tensor], list[Tensor]]:
-    """A function that runs an ONNX model in onnxruntime, on the CPU."""
+def run_onnx(data: bytes) -> Callable[..., list[Tensor]]:
+    """A function that runs an ONNX model in onnxruntime, on the CPU, from its inputs by name."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(data, providers=['CPUExecutionProvider'])
-    return lambda images: [torch.from_numpy(x) for x in session.run(None, {'images': images.numpy()})]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of optional inputs
+    session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+
+    def run(images: Tensor, **more: Tensor) -> list[Tensor]:
+        inputs = {'images': images, **more}
+        found = session.run(None, {name: x.numpy() for name, x in inputs.items()})
+        return [torch.from_numpy(x) for x in found]
+
+    return run
 
 
 def run_program(data: bytes) -> Callable[[Tensor], list[Tensor]]:
@@ -252,31 +320,42 @@ def _listed(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
+def _sizes(shape: tuple[int, int]) -> list[tuple[int, int]]:
+    """Three sizes to check at, the traced one first."""
+    height, width = shape
+    smaller = max(height // 2 + 1, MIN_SIDE), max(width // 3 + 2, MIN_SIDE)
+    return [shape, (max(height * 2 // 3, 35), max(width * 5 // 4, 47)), smaller]
+
+
 def check(model: nn.Module, run: Callable, shape: tuple[int, int]) -> None:
     """Compare what was exported with the model at three sizes, and print by how much they differ.
 
     Raises:
-        SetupError: They differ by more than 1e-3 of the largest output, or of 1 where that is larger.
+        SetupError: They differ by more than 1e-3 of the largest output, or of 1 where that is larger; or
+            label maps in more than 1e-3 of their pixels.
     """
-    height, width = shape
     generator = torch.Generator().manual_seed(0)
-    sizes = [(2, height, width), (1, max(height * 2 // 3, 35), max(width * 5 // 4, 47))]
-    sizes.append((3, max(height // 2 + 1, MIN_SIDE), max(width // 3 + 2, MIN_SIDE)))
-    for batch, *size in sizes:
+    for batch, size in zip((2, 1, 3), _sizes(shape), strict=True):
         images = torch.randn(batch, input_channels(model), *size, generator=generator)
         with torch.no_grad():
             expected = _listed(model(images))
             found = run(images)
         if [x.shape for x in found] != [x.shape for x in expected]:
-            raise SetupError(f'at {size} the exported model gives {[tuple(x.shape) for x in found]}')
-        pairs = zip(found, expected, strict=True)
-        error = max(((x - y).abs().max() / y.abs().max().clamp(min=1)).item() for x, y in pairs)
+            raise SetupError(f'at {list(size)} the exported model gives {[tuple(x.shape) for x in found]}')
+        error = torch.tensor([*map(_error, found, expected)]).max().item()  # NaN where one is
         print(f'{batch} x {size[0]} x {size[1]}: differs from PyTorch by {error:.1e}')
         if not error <= TOLERANCE:
             raise SetupError(
-                f'at {size} the exported model differs from PyTorch by {error:.1e}, more than {TOLERANCE}: '
-                'nothing was written'
+                f'at {list(size)} the exported model differs from PyTorch by {error:.1e}, more than '
+                f'{TOLERANCE}: nothing was written'
             )
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """By how much an output differs, of its largest value or 1; a label map, in how many of its pixels."""
+    if not expected.is_floating_point():
+        return (found != expected).float().mean().item()
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -314,12 +393,22 @@ def main() -> None:
         check_arguments(args)
         cfg = cli.read_config_file(args.config)
         shape = tuple(args.shape or SHAPES.get(cfg.get('default_scope'), DEFAULT_SHAPE))
-        logging.getLogger('torch.onnx').setLevel(logging.ERROR)
+        for name in ('torch.onnx', 'onnxscript'):
+            logging.getLogger(name).setLevel(logging.ERROR)
         with said_in_one_line(cfg):
-            model = build(cfg, args.checkpoint, args.backbone)
+            onnx = args.out.endswith('.onnx')
+            model = build(cfg, args.checkpoint, args.backbone, onnx)
             if not args.checkpoint:
                 print('Without a checkpoint, the weights are random.')
-            if args.out.endswith('.onnx'):
+            if takes_size(model):
+                from mmvig.deploy.check import check_detector, read_pictures
+
+                pictures = read_pictures(cfg, args.pictures)
+                data = to_onnx(model, shape, args.opset)
+                check_detector(model.model, run_onnx(data), _sizes(shape), pictures)
+            elif args.pictures:
+                raise SetupError(f'--pictures are for detectors, and {args.config} is none')
+            elif onnx:
                 data = to_onnx(model, shape, args.opset)
                 check(model, run_onnx(data), shape)
             else:
