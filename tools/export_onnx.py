@@ -49,6 +49,7 @@ from mmvig.engine.files import write_whole
 from mmvig.engine.images import MAX_SIDE, check_shape, input_channels
 from mmvig.engine.preflight import SetupError, check_checkpoint, check_writable, one_line_errors
 from mmvig.ops.bigla import bigla, unpack
+from mmvig.ops.plain import has_methods_of
 
 ONNX_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 OPSETS = range(18, 24)
@@ -96,10 +97,18 @@ class Segmentor(nn.Module):
     Args:
         model: the segmentor.
         labels: whether to give the label map too.
+
+    Raises:
+        SetupError: Its head does not predict as mmseg's BaseDecodeHead does.
     """
 
     def __init__(self, model: nn.Module, labels: bool):
+        from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+
         super().__init__()
+        if not has_methods_of(model.decode_head, BaseDecodeHead, 'predict', 'predict_by_feat'):
+            kind = type(model.decode_head).__name__
+            raise SetupError(f'decode_head is a {kind}, which cannot be exported')
         self.model = model
         self.output_names = ['logits', 'labels'] if labels else ['logits']
 
