@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from mmengine.logging import print_log
@@ -118,13 +118,19 @@ class CudaGraphs:
         return graph(module, call, tensors)
 
     def _note_run(self, kind: tuple, outputs) -> None:
-        """Note that an eager pass has run, once its gradients have been computed too."""
-        if kind not in self._have_run:
-            learning = [y for y in tensors_of(outputs) if y is not None and y.requires_grad]
-            if learning:
-                learning[0].register_hook(lambda _: self._have_run.add(kind))
-            else:
+        """Note that an eager pass has run, once gradients have come to all of its outputs that take one."""
+        if kind in self._have_run:
+            return
+        learning = [y for y in tensors_of(outputs) if y is not None and y.requires_grad]
+        if not learning:
+            self._have_run.add(kind)
+            return
+
+        def note(gradients: Sequence[Tensor | None]) -> None:
+            if all(g is not None for g in gradients):
                 self._have_run.add(kind)
+
+        torch.autograd.graph.register_multi_grad_hook(learning, note)
 
     def _count(self, kind: tuple) -> None:
         self._calls[kind] += 1
