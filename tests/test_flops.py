@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from mmvig.backbones import ViG, ViGH
@@ -123,6 +124,63 @@ def test_whole_models(flops, monkeypatch, tmp_path, config, shape, unused):
     }
     assert sum(row['macs'] for row in rows.values()) == total['macs']
     assert [name for name, row in rows.items() if row['macs'] == 0] == unused
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape', 'times'),
+    [
+        ('segmentation/segformer_vigh_t', (128, 512), 16),
+        ('segmentation/semfpn_vigh_t', (128, 512), 16),
+        ('detection/rtmdet_vigh_t', (160, 256), 25),
+    ],
+)
+def test_figures_of_the_model_zoo(flops, name, shape, times):
+    """Of models all of whose cost grows with the image, counted on a part of it."""
+    metafile = yaml.safe_load((ROOT / 'configs' / Path(name).parent / 'metafile.yml').read_text())
+    (entry,) = (each for each in metafile['Models'] if each['Config'] == f'configs/{name}.py')
+    rows, _ = flops.count_config(str(ROOT / entry['Config']), shape)
+    assert entry['Metadata']['FLOPs'] / 1e9 == pytest.approx(
+        times * rows['total']['macs'] / 1e9, abs=0.0051
+    )
+
+
+def test_regions_of_a_cascade(flops, tmp_path):
+    """1000 through each box head and 100 through each mask head, of narrow ones."""
+    base = str(ROOT / 'configs/detection/cascade_maskrcnn_vigh_s_3x_ms.py')
+    (tmp_path / 'cfg.py').write_text(f"""
+_base_ = [{base!r}]
+heads = _base_.model.roi_head.bbox_head
+for head in heads:
+    head.update(conv_out_channels=16, fc_out_channels=32, num_shared_convs=1)
+model = dict(
+    backbone=dict(arch=dict(_delete_=True, embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])),
+    neck=dict(in_channels=[32, 64, 128, 256]),
+    roi_head=dict(bbox_head=heads, mask_head=dict(num_convs=1, conv_out_channels=16)),
+)
+""")
+    rows, _ = flops.count_config(str(tmp_path / 'cfg.py'), (64, 96))
+    box = 49 * 256 * 16 * 9 + 49 * 16 * 32 + 32 * (81 + 320)
+    mask = 196 * 256 * 16 * 9 + 196 * 16 * 16 * 4 + 784 * 16 * 80
+    assert rows['roi_head']['macs'] == 3 * (1000 * box + 100 * mask)
+
+
+def test_segmentor_with_a_head_of_mmdets(flops, tmp_path):
+    base = str(ROOT / 'configs/segmentation/mask2former_vigh_s.py')
+    (tmp_path / 'cfg.py').write_text(f"""
+_base_ = [{base!r}]
+model = dict(
+    backbone=dict(arch=dict(_delete_=True, embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])),
+    decode_head=dict(
+        in_channels=[32, 64, 128, 256],
+        num_queries=10,
+        pixel_decoder=dict(encoder=dict(num_layers=1)),
+        transformer_decoder=dict(num_layers=1),
+    ),
+)
+""")
+    rows, _ = flops.count_config(str(tmp_path / 'cfg.py'), (64, 96))
+    mask_feature, queries = 16 * 24 * 256 * 256, 10 * 256 * 16 * 24
+    assert rows['decode_head']['macs'] > mask_feature + 2 * queries  # masks before and after the layer
 
 
 def test_nothing_is_left_of_the_counting(flops):

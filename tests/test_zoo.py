@@ -82,8 +82,10 @@ def test_the_page_and_the_metafile_give_the_same_result_to_the_same_people(confi
     assert 'Weights' not in entry, 'there is no file of ours to download'
     metadata = entry['Metadata']
     if 'FLOPs' in metadata:
-        assert middle == f'{metadata["FLOPs"] / 1e9:.2f} G'
-    else:
+        multiply_adds, _, middle = middle.partition(' | ')
+        assert multiply_adds == f'{metadata["FLOPs"] / 1e9:.2f} G'
+    assert ('FLOPs' in metadata) == (metadata.get('Training Data') in (None, 'COCO', 'ADE20K'))
+    if 'Training Data' in metadata:
         length = (
             f'{metadata["Epochs"]} epochs'
             if 'Epochs' in metadata

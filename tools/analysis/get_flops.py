@@ -6,11 +6,14 @@ the update of the state by k v^T and for its reading by q; the decay of the stat
 the convention of the published figures: by it ViG-H-T/S/B have 4.49 / 8.75 / 15.56 G at 224 x 224, and
 ViG-T/S/B 1.17 / 4.48 / 17.55 G.
 
-A detector is counted as mmdet counts it: every proposal (1000 with our configs at 800 x 1280) passes the
-box head, the first 100 the mask head. A segmentor's auxiliary head, for training alone, counts nothing.
+A detector is counted as mmdet counts Mask R-CNN: every proposal (1000 with our configs at 800 x 1280)
+passes the box head, the first 100 the mask head; in a cascade each of its heads. A segmentor's auxiliary
+head, for training alone, counts nothing. Of deformable attention the projections count, the sampling does
+not.
 """
 
 import argparse
+import inspect
 import sys
 from pathlib import Path
 from unittest import mock
@@ -128,13 +131,35 @@ def _count_model(cfg: Config, shape: tuple[int, int]) -> dict:
         init_default_scope(scope)
     model = revert_sync_batchnorm(cli.build_model(cfg)).eval()
     use_any_device(model)
+    if hasattr(model, 'roi_head'):
+        _use_usual_regions(model)
     options = {'mode': 'tensor'} if isinstance(model, BaseModel) else {}
+    if scope == 'mmseg' and 'batch_data_samples' in inspect.signature(model.decode_head.forward).parameters:
+        options['mode'] = 'predict'  # a head of mmdet's, which mmseg calls with samples in this mode alone
     if scope == 'mmdet':
         from mmdet.structures import DetDataSample
 
         meta = {name: shape for name in ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')}
         options['data_samples'] = [DetDataSample(metainfo={**meta, 'scale_factor': (1.0, 1.0)})]
     return count(model, torch.zeros(1, input_channels(model), *shape), **options)
+
+
+def _use_usual_regions(model: nn.Module) -> None:
+    """As many proposals as may be, whatever untrained weights make of them, and masks of the first 100."""
+    if getattr(model.rpn_head, 'test_cfg', None):
+        model.rpn_head.test_cfg.nms.iou_threshold = 1.0  # none gives way to another
+        model.rpn_head.test_cfg.min_bbox_size = -1  # nor to the border
+    head = model.roi_head
+    if not isinstance(getattr(head, 'mask_head', None), nn.ModuleList):
+        return  # not a cascade: mmdet takes 100 by itself
+    mask_forward = head._mask_forward
+
+    def of_the_first(stage: int, x: tuple[Tensor, ...], rois: Tensor) -> dict:
+        results = mask_forward(stage, x, rois[:100])
+        masks = results['mask_preds']
+        return {**results, 'mask_preds': masks.new_zeros(len(rois), *masks.shape[1:])}
+
+    head._mask_forward = of_the_first
 
 
 def main() -> None:
