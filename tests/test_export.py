@@ -49,6 +49,7 @@ _base_ = [{str(ROOT / 'configs/detection/maskrcnn_vigh_t_shapes_cpu.py')!r}]
 arch = dict(_delete_=True, embed_dims=32, depths=[1, 1], num_heads=[1, 2])
 model = dict(backbone=dict(arch=arch, out_indices=(0, 1)))
 """
+RETINANET = MASK_RCNN.replace('maskrcnn_vigh_t_shapes_cpu', 'retinanet_vigh_t')
 SOFT_NMS = f"{MASK_RCNN}model['test_cfg'] = dict(rcnn=dict(nms=dict(type='soft_nms')))"
 DUAL = f"""{UPERNET}
 head = dict(type='DAHead', in_channels=64, in_index=1, channels=16, pam_channels=4, num_classes=7)
@@ -271,6 +272,11 @@ def test_a_wrong_export_is_not_written(tool, export, monkeypatch):
         ('no.py', ['--out', 'a.onnx'], 'config is missing'),
         (MASK_RCNN, ['--out', 'a.pt2'], 'is a detector, which is exported as .onnx'),
         (DUAL, ['--out', 'a.onnx'], 'decode_head is a DAHead'),
+        (
+            RETINANET,
+            ['--out', 'a.onnx', '--shape', '128', '256'],
+            'at least 129 and up to 16384, got 128 256',
+        ),
         (SOFT_NMS, ['--out', 'a.onnx'], "test_cfg.rcnn: exported is nms=dict(type='nms'"),
         (MASK_RCNN, ['--out', 'a.onnx', '--pictures', 'no.png'], 'no.png cannot be read'),
         (BACKBONE, ['--out', 'a.onnx', '--pictures', 'no.png'], '--pictures are for detectors'),

@@ -12,7 +12,8 @@ label map; `map0`, `map1`, ... of a backbone, at its strides.
 
 A detector takes one image, not padded, and gives its N detections, the best first: `boxes` [N, 4],
 `labels` [N], `scores` [N], and bool `masks` [N, height, width] where it has masks. They are in pixels of
-`images`, or of a picture of another size: the optional input `size`, int64 [2], its height and width.
+`images`, or of a picture of another size: the optional input `size`, int64 [2], its height and width. Sides
+must be longer than the largest stride.
 
 Before anything is written, the exported model runs at three sizes, of which it was traced at one, and must
 give what the model gives in PyTorch. A detector does so on pictures: those of --pictures, or else generated
@@ -32,7 +33,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -49,7 +49,6 @@ from mmvig.engine.files import write_whole
 from mmvig.engine.images import MAX_SIDE, check_shape, input_channels
 from mmvig.engine.preflight import SetupError, check_checkpoint, check_writable, one_line_errors
 from mmvig.ops.bigla import bigla, unpack
-from mmvig.ops.plain import has_methods_of
 
 ONNX_PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 OPSETS = range(18, 24)
@@ -91,39 +90,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Segmentor(nn.Module):
-    """A segmentor of mmseg without what is for training alone: images to logits of their size.
-
-    Args:
-        model: the segmentor.
-        labels: whether to give the label map too.
-
-    Raises:
-        SetupError: Its head does not predict as mmseg's BaseDecodeHead does.
-    """
-
-    def __init__(self, model: nn.Module, labels: bool):
-        from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-
-        super().__init__()
-        if not has_methods_of(model.decode_head, BaseDecodeHead, 'predict', 'predict_by_feat'):
-            kind = type(model.decode_head).__name__
-            raise SetupError(f'decode_head is a {kind}, which cannot be exported')
-        self.model = model
-        self.output_names = ['logits', 'labels'] if labels else ['logits']
-
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """[B, C, H, W] -> [B, classes, H, W], and int64 [B, H, W]."""
-        head = self.model.decode_head
-        logits = head(self.model.extract_feat(images))
-        logits = F.interpolate(logits, images.shape[2:], mode='bilinear', align_corners=head.align_corners)
-        if 'labels' not in self.output_names:
-            return logits
-        if logits.shape[1] == 1:
-            return logits, (logits.sigmoid() > head.threshold).squeeze(1).long()
-        return logits, logits.argmax(1)
-
-
 def build(cfg: Config, checkpoint: str | None, backbone: bool, onnx: bool) -> nn.Module:
     """The model to be exported, in evaluation mode on the CPU: images to a tensor or a tuple of them.
 
@@ -160,12 +126,21 @@ def build(cfg: Config, checkpoint: str | None, backbone: bool, onnx: bool) -> nn
         from mmvig.deploy.detectors import Detector
 
         return Detector(model)
-    return Segmentor(model, labels=onnx) if 'EncoderDecoder' in kinds else model
+    if 'EncoderDecoder' in kinds:
+        from mmvig.deploy.segmentors import Segmentor
+
+        return Segmentor(model, labels=onnx)
+    return model
 
 
 def takes_size(model: nn.Module) -> bool:
     """Whether a model is a detector, which takes a size besides one image."""
     return 'size' in inspect.signature(model.forward).parameters
+
+
+def least_side(model: nn.Module) -> int:
+    """The least height and width of a model's images."""
+    return max(MIN_SIDE, getattr(model, 'least_side', MIN_SIDE))
 
 
 class _Core(nn.Module):
@@ -217,10 +192,11 @@ def _adaptive_average(pool: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:
 
 def trace(model: nn.Module, shape: tuple[int, int]) -> torch.export.ExportedProgram:
     """torch.export of a model of images, with batch (but for a detector's), height and width free."""
+    least = least_side(model)
     dims = {
         0: torch.export.Dim('batch', min=1, max=65536),
-        2: torch.export.Dim('height', min=MIN_SIDE, max=MAX_SIDE),
-        3: torch.export.Dim('width', min=MIN_SIDE, max=MAX_SIDE),
+        2: torch.export.Dim('height', min=least, max=MAX_SIDE),
+        3: torch.export.Dim('width', min=least, max=MAX_SIDE),
     }
     # Two images: a batch of one would be taken for a constant.
     inputs, dynamic = (torch.rand(2, input_channels(model), *shape),), (dims,)
@@ -329,11 +305,11 @@ def _listed(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def _sizes(shape: tuple[int, int]) -> list[tuple[int, int]]:
-    """Three sizes to check at, the traced one first."""
+def _sizes(shape: tuple[int, int], least: int) -> list[tuple[int, int]]:
+    """Three sizes to check at, the traced one first; no side is less than the least."""
     height, width = shape
-    smaller = max(height // 2 + 1, MIN_SIDE), max(width // 3 + 2, MIN_SIDE)
-    return [shape, (max(height * 2 // 3, 35), max(width * 5 // 4, 47)), smaller]
+    smaller = max(height // 2 + 1, least), max(width // 3 + 2, least)
+    return [shape, (max(height * 2 // 3, least + 2), max(width * 5 // 4, least + 14)), smaller]
 
 
 def check(model: nn.Module, run: Callable, shape: tuple[int, int]) -> None:
@@ -344,7 +320,7 @@ def check(model: nn.Module, run: Callable, shape: tuple[int, int]) -> None:
             label maps in more than 1e-3 of their pixels.
     """
     generator = torch.Generator().manual_seed(0)
-    for batch, size in zip((2, 1, 3), _sizes(shape), strict=True):
+    for batch, size in zip((2, 1, 3), _sizes(shape, least_side(model)), strict=True):
         images = torch.randn(batch, input_channels(model), *size, generator=generator)
         with torch.no_grad():
             expected = _listed(model(images))
@@ -409,12 +385,14 @@ def main() -> None:
             model = build(cfg, args.checkpoint, args.backbone, onnx)
             if not args.checkpoint:
                 print('Without a checkpoint, the weights are random.')
+            check_shape(shape, least_side(model))
             if takes_size(model):
                 from mmvig.deploy.check import check_detector, read_pictures
 
                 pictures = read_pictures(cfg, args.pictures)
                 data = to_onnx(model, shape, args.opset)
-                check_detector(model.model, run_onnx(data), _sizes(shape), pictures)
+                sizes = _sizes(shape, least_side(model))
+                check_detector(model.model, run_onnx(data), sizes, pictures)
             elif args.pictures:
                 raise SetupError(f'--pictures are for detectors, and {args.config} is none')
             elif onnx:

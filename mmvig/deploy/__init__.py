@@ -1,3 +1,3 @@
-"""What `tools/export_onnx.py` exports of mmdet's detectors, and how it compares their detections."""
+"""What `tools/export_onnx.py` exports of detectors and segmentors, and how it compares detections."""
 
 import mmvig.compat  # noqa: F401  before mmdet, which imports mmcv.ops

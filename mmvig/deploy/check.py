@@ -70,7 +70,7 @@ def predict(model: nn.Module, picture: np.ndarray, size: Shape, own: bool) -> tu
     return data['inputs'][..., :height, :width].contiguous(), detections
 
 
-def read_pictures(cfg: Config, files: list[str]) -> list[np.ndarray]:
+def read_pictures(cfg: Config, files: list[str] | None) -> list[np.ndarray]:
     """Image files as the test pipeline loads them, or without any three of the generated `shapes`."""
     if files:
         return [ImageReader(cfg).load(file) for file in files]

@@ -7,6 +7,7 @@ standard operators. A part that is not known here is refused: mmdet may compute 
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from types import SimpleNamespace
 
 import torch
@@ -54,6 +55,14 @@ class Detector(nn.Module):
         """What :meth:`forward` gives."""
         names = ['boxes', 'labels', 'scores']
         return [*names, 'masks'] if getattr(self.model, 'with_mask', False) else names
+
+    @property
+    def least_side(self) -> int:
+        """The least height and width; below, the last map would have a side of 1, which a trace fixes."""
+        if isinstance(self.model, DETR):
+            return 1
+        head = self.model.rpn_head if isinstance(self.model, TwoStageDetector) else self.model.bbox_head
+        return max(chain(*head.prior_generator.strides)) + 1
 
     def forward(self, images: Tensor, size: Tensor) -> tuple[Tensor, ...]:
         """The N detections of one picture, the best first.
@@ -175,7 +184,7 @@ def _suppressed(boxes: Tensor, groups: Tensor, scores: Tensor, cfg: dict) -> Det
     # As mmcv does: a group's boxes are moved to where no other group's are. The row of zeros is for M = 0.
     furthest = F.pad(boxes, (0, 0, 0, 1)).max()
     moved = boxes + (groups * (furthest + 1))[:, None]
-    kept = torchvision.ops.nms(moved, scores, cfg.nms.get('iou_threshold', cfg.nms.get('iou_thr')))
+    kept = torchvision.ops.nms(moved, scores, cfg.nms.iou_threshold)
     kept = kept[: cfg.max_per_img]
     return boxes[kept], groups[kept], scores[kept]
 
@@ -253,17 +262,17 @@ def _queries(model: DETR, maps: Sequence[Tensor], shape: Shape, padded: Shape) -
 
 
 def check_known(model: nn.Module) -> None:
-    """Check that the modules above compute what mmdet does with a model.
+    """Check that what is above computes what mmdet does with a model.
 
     Raises:
-        SetupError: A part of the model is not known to.
+        SetupError: It does not, or nobody knows, because of one of the model's parts.
     """
     if type(model) in (DETR, ConditionalDETR):
         _must_be(model.bbox_head, 'bbox_head', (DETRHead, ConditionalDETRHead))
         if model.data_preprocessor.pad_size_divisor != 1:
             raise SetupError('a DETR is exported with pad_size_divisor=1 in its data_preprocessor')
     elif has_methods_of(model, TwoStageDetector, 'predict', 'extract_feat'):
-        _must_be(model.rpn_head, 'rpn_head', (RPNHead, ours.RPNHead))
+        _must_be(getattr(model, 'rpn_head', None), 'rpn_head', (RPNHead, ours.RPNHead))
         _check_head(model.rpn_head, 'rpn_head')
         _check_roi_head(model.roi_head)
     elif has_methods_of(model, SingleStageDetector, 'predict', 'extract_feat'):
@@ -286,7 +295,6 @@ def _check_roi_head(head: nn.Module) -> None:
         or not (box_head.with_cls and box_head.with_reg)
     ):
         raise SetupError('roi_head: exported are those without a shared head, with classes and boxes')
-    _must_be(box_head.bbox_coder, 'bbox_coder', _DECODERS)
     _check_coder(box_head.bbox_coder)
     _check_settings(head.test_cfg, 'test_cfg.rcnn')
     extractors = [head.bbox_roi_extractor]
@@ -319,11 +327,8 @@ def _check_settings(cfg: dict, name: str) -> None:
     if unknown := sorted(set(cfg) - _SETTINGS):
         raise SetupError(f'{name}: {", ".join(unknown)} cannot be exported')
     nms = dict(cfg.get('nms') or {})
-    if (
-        nms.pop('type', None) != 'nms'
-        or set(nms) - {'iou_threshold', 'split_thr'}
-        or 'max_per_img' not in cfg
-    ):
+    nms.pop('split_thr', None)
+    if nms.pop('type', None) != 'nms' or {*nms} != {'iou_threshold'} or 'max_per_img' not in cfg:
         raise SetupError(f"{name}: exported is nms=dict(type='nms', iou_threshold=...) with max_per_img")
 
 
