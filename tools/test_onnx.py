@@ -103,7 +103,7 @@ def main() -> None:
     with said_in_one_line(cfg):
         check_testing(cfg)
         model = Model(args.model)
-        print(evaluate(cfg, model))
+        print({name: float(value) for name, value in evaluate(cfg, model).items()})
 
 
 if __name__ == '__main__':
