@@ -11,7 +11,6 @@ Forward runs row by row from the top left, so its state holds what is above; bac
 """
 
 import argparse
-import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ matplotlib.use('Agg')  # a picture file, so no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.colors import LogNorm, Normalize
 from torch import Tensor, nn
 
@@ -38,11 +36,10 @@ from mmvig.engine import cli
 from mmvig.engine.errors import said_in_one_line
 from mmvig.engine.images import ImageReader, as_picture, preprocess
 from mmvig.engine.preflight import SetupError, one_line_errors
-from mmvig.ops.bigla import bigla_packed
+from mmvig.ops.bigla import GATE_NORMALIZER
+from mmvig.ops.bigla.gates import log_gate
 
 DIRECTIONS = ('forward', 'backward')
-# What the mixer runs with.
-GATE_NORMALIZER = inspect.signature(bigla_packed).parameters['gate_normalizer'].default
 # Of the colours for decay: without it the gates of random weights, all alike, would seem to differ.
 SMALLEST_SPAN = 0.01
 
@@ -182,7 +179,7 @@ def _maps(
         logits = logits[:, :, list(heads)]
     if channels is not None:
         logits = logits[..., list(channels)]
-    log_decay = (F.logsigmoid(logits) / GATE_NORMALIZER).flatten(2)  # [N, 2, chosen]
+    log_decay = (log_gate(logits) / GATE_NORMALIZER).flatten(2)  # [N, 2, chosen]
     # Of gates so open that the logarithm is zero, of either sign, the memory is infinite.
     decay, memory = log_decay.exp().mean(-1), 1 / log_decay.mean(-1).abs()
     return GateMaps(*(x.T.unflatten(-1, tuple(grid)).numpy() for x in (decay, memory)))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmvig.ops.bigla.gates import log_gate
 from mmvig.ops.plain import is_watched
 
 # Tokens per chunk: the pairwise decays take K * CHUNK floats a token, the states K * V / CHUNK.
@@ -50,7 +51,7 @@ def general_forward(
 
 
 def _log_decay(g: Tensor, normalizer: float) -> Tensor:
-    return (F.logsigmoid(g) / normalizer).clamp_min(STRONGEST)
+    return (log_gate(g) / normalizer).clamp_min(STRONGEST)
 
 
 def _split(x: Tensor) -> Tensor:

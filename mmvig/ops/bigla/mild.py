@@ -4,7 +4,6 @@ decay(t, s) = exp(c_t - h) * exp(h - c_s), c the running sum of log decays and h
 decide whether it can, so it is for eager mode. See README.md beside this file.
 """
 
-import math
 from functools import cache
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvig.ops.bigla.chunked import entry_states
+from mmvig.ops.bigla.gates import OPEN, log_gate, log_gate_slope
 
 # Tokens per chunk at most; largest |log decay| over one, half of which is the largest exponent; and what
 # sums of log decays are in, as in float32 an exponent of 20 is a factor with an error of 1e-6. 49 tokens of
@@ -156,7 +156,7 @@ def mild_backward(
         x.transpose(2, 3).flatten(1, 2)[:, :num_tokens] for x in (dq, dk, dv, *d_gates.unbind(3))
     )
     d_gates = [
-        d * torch.sigmoid(-g.to(torch.float32)) / normalizer
+        d * log_gate_slope(g.to(torch.float32)) / normalizer
         for d, g in zip(d_gates, (g_fwd, g_bwd), strict=True)
     ]
     return (dq, dk, dv, *d_gates), fits
@@ -224,9 +224,8 @@ def _sums(
     Returns:
         ``[B, n, H, C, 2, K]`` and ``[B, n, H, 2, K]``, in ``dtype``.
     """
-    # A logit of +inf is a log decay of 0: padding changes no state.
-    gates = torch.cat([_chunks(g, num_chunks, size, math.inf) for g in (g_fwd, g_bwd)], -1)
-    log_decay = F.logsigmoid(gates).unflatten(-1, (2, -1))
+    gates = torch.cat([_chunks(g, num_chunks, size, OPEN) for g in (g_fwd, g_bwd)], -1)
+    log_decay = log_gate(gates).unflatten(-1, (2, -1))
     sums = log_decay.cumsum(3, dtype=dtype)
     total = sums[:, :, :, -1:].clone()
     # Backward, the gate of the token itself does not count: the sums up to the token before it.

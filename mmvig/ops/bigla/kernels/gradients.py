@@ -3,11 +3,9 @@
 import triton
 import triton.language as tl
 
-from mmvig.ops.arithmetic import LOG2E, sigmoid
 from mmvig.ops.bigla.kernels.arithmetic import (
     cut,
     exp2_minus,
-    log2_sigmoid,
     masked,
     nudged,
     product,
@@ -15,6 +13,7 @@ from mmvig.ops.bigla.kernels.arithmetic import (
     split,
     tf32_ready,
 )
+from mmvig.ops.bigla.kernels.gates import OPEN, log2_gate, log_gate_slope
 from mmvig.ops.bigla.kernels.pairs import (
     chunk_pairs,
     decay_to_ends,
@@ -52,14 +51,14 @@ def loses_gradients(
 ):  # fmt: skip
     """Whether in some channel of a chunk the factored form's rounding may pass for the gates' gradients.
 
-    A gate's gradient is sigmoid(-g) times the pairs over it, of which its own decay leaves little if it is
-    strong; its error is sigmoid(-g) times 2^-17 of all pairs. Next to the gradients of mild gates that is
+    A gate's gradient is its slope times the pairs over it, of which its own decay leaves little if it is
+    strong; its error is its slope times 2^-17 of all pairs. Next to the gradients of mild gates that is
     nothing, but not where all other gates are open.
     """
     b_ld, b_g = load_gates(p, i_t, T, s_t, inv, K, BT, BK, UNIT, MODE)  # [BT, BK]
     t = i_t * BT + tl.arange(0, BT)[:, None]
     # The first token's gate, BACKWARD the last's, has no pairs and no error.
-    b_error = tl.where(t == (T - 1 if BACKWARD else 0), 0.0, sigmoid(-b_g.to(tl.float32)))
+    b_error = tl.where(t == (T - 1 if BACKWARD else 0), 0.0, log_gate_slope(b_g))
     b_gradient = tl.max(b_error * tl.exp2(b_ld), 0)
     return tl.max((b_gradient < tl.exp2(-LOST) * tl.max(b_error, 0)).to(tl.int32)) > 0
 
@@ -149,10 +148,9 @@ def direction_gradients(
         b_dk += b_ek * b_dk_u
         b_across += tl.sum(b_qx, 0)
         b_c = running_sum(tl.trans(b_before) if BACKWARD else b_before, b_p, MODE)  # [BT, BK]
-    # From log decays to logits: d log sigmoid(g) = sigmoid(-g).
     if AGAIN:
         b_g = load_tile(p_g, i_t, 0, T, s_gt, 0.0, K, BT, BK, UNIT)  # [BT, BK]
-    b_dg = (b_across[None, :] + b_c) * (sigmoid(-b_g.to(tl.float32)) * inv)
+    b_dg = (b_across[None, :] + b_c) * (log_gate_slope(b_g) * inv)
     store_tile(p_dg, b_dg, i_t, 0, T, s_dgt, K, BT, BK, UNIT)
     return b_dq, b_dk
 
@@ -299,14 +297,14 @@ def gradient_kernel(
             p_gf_bh = at(p_gf, i_b, i_h, s_gfb, s_gfh, UNIT)
             p_gb_bh = at(p_gb, i_b, i_h, s_gbb, s_gbh, UNIT)
             # Many mild gates lose nothing: one look at the least of all chunks is cheaper than one at each.
-            b_least = tl.full((BT, BK), float('inf'), tl.float32)
+            b_least = tl.full((BT, BK), OPEN, tl.float32)
             for i_tg in range(first, end):
                 i_t = i_tg - i_bh * NT
-                b_g = load_tile(p_gf_bh, i_t, 0, T, s_gft, float('inf'), K, BT, BK, UNIT)  # [BT, BK]
+                b_g = load_tile(p_gf_bh, i_t, 0, T, s_gft, OPEN, K, BT, BK, UNIT)  # [BT, BK]
                 b_least = tl.minimum(b_least, b_g)
-                b_g = load_tile(p_gb_bh, i_t, 0, T, s_gbt, float('inf'), K, BT, BK, UNIT)  # [BT, BK]
+                b_g = load_tile(p_gb_bh, i_t, 0, T, s_gbt, OPEN, K, BT, BK, UNIT)  # [BT, BK]
                 b_least = tl.minimum(b_least, b_g)
-            if tl.min(log2_sigmoid(b_least * LOG2E, MODE) * inv) < -LOST:
+            if tl.min(log2_gate(b_least, MODE) * inv) < -LOST:
                 for i_tg in range(first, end):
                     if any_strong(p_sum, i_tg, 1, n_states, K, BK, 1, LOST):
                         i_t = i_tg - i_bh * NT

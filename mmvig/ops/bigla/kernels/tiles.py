@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from mmvig.ops.arithmetic import INTERPRETED, LOG2E
-from mmvig.ops.bigla.kernels.arithmetic import log2_sigmoid, split
+from mmvig.ops.arithmetic import INTERPRETED
+from mmvig.ops.bigla.kernels.arithmetic import split
+from mmvig.ops.bigla.kernels.gates import OPEN, log2_gate
 from mmvig.ops.launch import VERSION
 
 # Largest sum of |log2 decay| over a chunk for the factored form: its factors stay within 2^(+-SPAN / 2), so
@@ -123,8 +124,8 @@ def load_gates(
     MODE: tl.constexpr,
 ):  # fmt: skip
     """The log2 decays [BT, BK] of a chunk's gate logits, 0 beyond the edges; and these in their dtype."""
-    b_g = load_tile(p, i_t, 0, T, s_t, float('inf'), K, BT, BK, UNIT)  # [BT, BK]
-    b_ld = log2_sigmoid(b_g.to(tl.float32) * LOG2E, MODE) * inv
+    b_g = load_tile(p, i_t, 0, T, s_t, OPEN, K, BT, BK, UNIT)  # [BT, BK]
+    b_ld = log2_gate(b_g, MODE) * inv
     return tl.maximum(b_ld, LEAST, propagate_nan=tl.PropagateNan.ALL), b_g
 
 
