@@ -15,7 +15,7 @@ from mmengine.config import Config
 from programs import TOOLS, run_tool, run_well
 from small_configs import MASK_RCNN, UPERNET, write_small
 
-from mmvig.engine import cli
+from mmvig.engine import cli, preflight
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -126,6 +126,13 @@ def test_detection_from_quick_start_to_resumed_and_tested(work, quick_start, tmp
     assert len(predictions) == 2
     assert {'bboxes', 'scores', 'labels'} <= predictions[0]['pred_instances'].keys()
     assert len(pictures(tmp_path / 'shown')) == 2
+
+
+def test_test_time_augmentation_is_refused_where_boxes_come_from_masks():
+    """mmdet merges boxes alone, and Mask2Former has no mask head to leave out."""
+    cfg = Config.fromfile(ROOT / 'configs/detection/mask2former_vigh_s.py')
+    with pytest.raises(preflight.SetupError, match='--tta needs a tta_model'):
+        load('test.py').use_tta(cfg)
 
 
 def test_segmentation_from_training_to_pictures(work, tmp_path):

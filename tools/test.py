@@ -82,7 +82,7 @@ def use_visualization(cfg: Config, args: argparse.Namespace) -> None:
 def use_tta(cfg: Config) -> None:
     """Wrap the model and the test pipeline into the config's test-time augmentation."""
     for key in ('tta_model', 'tta_pipeline'):
-        if key not in cfg:
+        if cfg.get(key) is None:
             raise preflight.SetupError(f'--tta needs a {key}, which {cfg.filename} lacks')
     if cfg.model.get('roi_head', {}).get('mask_head'):
         logger.warning('--tta: mmdet merges boxes, not masks, so boxes alone are evaluated.')

@@ -18,3 +18,4 @@ train_pipeline = [
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 custom_hooks = []  # the backbone has CUDA graphs of its own; the head copies from the host: none for it
+tta_model = None  # mmdet merges the boxes of several views, not the masks that they come from

@@ -64,8 +64,8 @@ def check_heads(cfg: Config, names: Sequence[str], whose: str) -> None:
     for key, number in _heads(cfg.model, 'model', _HEADS.get(cfg.get('default_scope'))):
         if number != len(names):
             raise SetupError(
-                f'{key}.num_classes is {number}, {whose} has {len(names)} classes ({coco.listed(names)}): '
-                f'make them the same, as with --cfg-options {key}.num_classes={len(names)}'
+                f'{key} is {number}, {whose} has {len(names)} classes ({coco.listed(names)}): '
+                f'make them the same, as with --cfg-options {key}={len(names)}'
             )
 
 
@@ -131,7 +131,7 @@ def _names(kind: type | None, dataset: ConfigDict, key: str) -> list[str] | None
 
 
 def _heads(node: ConfigDict, key: str, wanted: Sequence[str] | None) -> Iterator[tuple[str, int]]:
-    """Every head's key and number of classes.
+    """The key and value of every head's number of classes.
 
     Args:
         node: a part of the model's config.
@@ -144,8 +144,11 @@ def _heads(node: ConfigDict, key: str, wanted: Sequence[str] | None) -> Iterator
             continue
         part = next(each for each in reversed(f'{key}.{name}'.split('.')) if not each.isdigit())
         is_head = part in wanted if wanted else part.endswith('head')
-        if is_head and isinstance(value, dict) and type(value.get('num_classes')) is int:
-            yield f'{key}.{name}', value['num_classes']
+        if is_head and isinstance(value, dict):
+            # Mask2Former's and MaskFormer's: with stuff, the data set's classes are of both kinds.
+            option = 'num_things_classes' if value.get('num_stuff_classes') == 0 else 'num_classes'
+            if type(value.get(option)) is int:
+                yield f'{key}.{name}.{option}', value[option]
         yield from _heads(value, f'{key}.{name}', wanted)
 
 

@@ -98,6 +98,16 @@ def test_heads_of_another_number(data, number):
     assert 'model.roi_head.bbox_head.1.num_classes' in error_of(detection(roi_head=dict(bbox_head=boxes)))
 
 
+def test_heads_that_count_things(data):
+    """As Mask2Former's do, where there is no stuff."""
+    cfg = detection(panoptic_head=dict(num_things_classes=80, num_stuff_classes=0))
+    assert 'model.panoptic_head.num_things_classes=3' in error_of(cfg)
+    cfg.model.panoptic_head.num_things_classes = 3
+    classes.check(cfg, 'train')
+    cfg.model.panoptic_head.update(num_things_classes=2, num_stuff_classes=1)
+    classes.check(cfg, 'train')
+
+
 def test_heads_of_segmentors_and_classifiers(tmp_path):
     def cfg(scope, kind, **model):
         loader = dict(dataset=dict(type=kind, data_root=str(tmp_path)))
