@@ -129,7 +129,7 @@ def test_detection_from_quick_start_to_resumed_and_tested(work, quick_start, tmp
 
 
 def test_test_time_augmentation_is_refused_where_boxes_come_from_masks():
-    """mmdet merges boxes alone, and Mask2Former has no mask head to leave out."""
+    """Only boxes of several views can be merged, and Mask2Former has no mask head to leave out."""
     cfg = Config.fromfile(ROOT / 'configs/detection/mask2former_vigh_s.py')
     with pytest.raises(preflight.SetupError, match='--tta needs a tta_model'):
         load('test.py').use_tta(cfg)
