@@ -115,11 +115,20 @@ def build(text, scope, tmp_path):
     return model
 
 
-def run_onnx(path, images, **more):
+def opened(path):
+    """An ONNX file as a function."""
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     names = [output.name for output in session.get_outputs()]
-    inputs = {name: x.numpy() for name, x in dict(more, images=images).items()}
-    return dict(zip(names, session.run(None, inputs), strict=True))
+
+    def run(images, **more):
+        inputs = {name: x.numpy() for name, x in dict(more, images=images).items()}
+        return dict(zip(names, session.run(None, inputs), strict=True))
+
+    return run
+
+
+def run_onnx(path, images):
+    return opened(path)(images)
 
 
 def domains(path):
@@ -182,14 +191,14 @@ def detector(config):
     return model
 
 
-def compare_detections(model, path, sizes):
+def compare_detections(model, run, sizes):
     """In the pixels of what a detector takes, and of the pictures as they were."""
     count = 0
     for picture, size in zip(read_pictures(None, []), sizes, strict=True):
         for own in (False, True):
             images, expected = predict(model, picture, size, own)
             more = {'size': torch.tensor(picture.shape[:2])} if own else {}
-            found = map(torch.from_numpy, run_onnx(path, images, **more).values())
+            found = map(torch.from_numpy, run(images, **more).values())
             count += compare(Detections(*found), expected).count
     return count
 
@@ -208,8 +217,9 @@ def test_mask_rcnn_to_onnx(tool):
         '1 x 33 x 34',
     ]
     assert domains('d.onnx') == {''}
-    assert compare_detections(model, 'd.onnx', [(120, 160), (97, 200), (64, 64)]) >= 5
-    found = run_onnx('d.onnx', torch.zeros(1, 3, 64, 64))
+    run = opened('d.onnx')
+    assert compare_detections(model, run, [(120, 160), (97, 200), (64, 64)]) >= 5
+    found = run(torch.zeros(1, 3, 64, 64))
     assert [x.shape for x in found.values()] == [(0, 4), (0,), (0,), (0, 64, 64)]
 
 
@@ -218,7 +228,7 @@ def test_detr_to_onnx(tool):
     status, said, errors = tool(Path('d.py'), 'it.pth', '--out', 'd.onnx', '--shape', '64', '96')
     assert (status, said[-1]) == (0, 'd.onnx'), errors
     assert domains('d.onnx') == {''}
-    assert compare_detections(model, 'd.onnx', [(120, 160), (97, 200), (33, 64)]) == 120
+    assert compare_detections(model, opened('d.onnx'), [(120, 160), (97, 200), (33, 64)]) == 120
 
 
 def test_backbone_of_any_model_by_torch_export(tool, export, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 LEAST_SCORE = 0.05
 BOXES, SCORES = 1e-2, 1e-3  # pixels; of 1
-MASKS, PIXELS = 1e-2, 2  # share of a mask's pixels that may differ, besides so many
+MASKS, PIXELS = 1e-2, 2  # share of a box's pixels in which a mask may differ, besides so many
 
 
 class Detections(NamedTuple):
@@ -25,10 +25,10 @@ class Difference(NamedTuple):
     count: int  # how many were compared
     boxes: float  # pixels
     scores: float
-    masks: float | None = None  # share of a mask's pixels
+    masks: float | None = None  # share of a box's pixels
 
     def __str__(self) -> str:
-        masks = '' if self.masks is None else f', masks by {self.masks:.1e} of their pixels'
+        masks = '' if self.masks is None else f', masks by {self.masks:.1e} of their boxes'
         return (
             f'{self.count} detections, boxes differ by {self.boxes:.1e} pixels, '
             f'scores by {self.scores:.1e}{masks}'
@@ -53,7 +53,7 @@ def compare(found: Detections, expected: Detections) -> Difference:
     scores = (expected.scores[mine] - found.scores[theirs]).abs().max().item()
     masks = None
     if expected.masks is not None:
-        masks = _compare_masks(expected.masks[mine], found.masks[theirs])
+        masks = _compare_masks(expected.masks[mine], found.masks[theirs], expected.boxes[mine])
     return Difference(len(pairs), boxes, scores, masks)
 
 
@@ -78,11 +78,11 @@ def _partners(one: Detections, other: Detections, name: str, other_name: str) ->
     return pairs
 
 
-def _compare_masks(expected: Tensor, found: Tensor) -> float:
-    """The largest share of its pixels by which a mask differs, of masks ``[N, H, W]``."""
+def _compare_masks(expected: Tensor, found: Tensor, boxes: Tensor) -> float:
+    """In which share of its box's pixels a mask differs at most, of masks ``[N, H, W]``."""
     if expected.shape != found.shape:
         raise ValueError(f'masks are {list(found.shape)}, not {list(expected.shape)}')
-    pixels, areas = (expected != found).flatten(1).sum(1), expected.flatten(1).sum(1)
+    pixels, areas = (expected != found).flatten(1).sum(1), (boxes[:, 2:] - boxes[:, :2]).prod(1)
     if (pixels > MASKS * areas + PIXELS).any():
         raise ValueError(f'a mask differs in {pixels.max()} pixels')
     return (pixels / areas.clamp(min=1)).max().item()
