@@ -9,7 +9,7 @@ from mmvig.deploy.check import check_detector, read_pictures
 from mmvig.deploy.detectors import Detector
 from mmvig.engine.preflight import SetupError
 
-SIZES = (120, 160), (97, 50)
+SIZES = (64, 96), (97, 50)
 SOFTMAX = ConfigDict(type='CrossEntropyLoss', use_sigmoid=False)
 DEFAULT = torch.zeros(2, dtype=torch.long)
 
@@ -69,7 +69,7 @@ def test_a_difference_is_an_error():
         boxes, labels, scores = detector(images, **size)
         return boxes + 0.02, labels, scores
 
-    with pytest.raises(SetupError, match=r'at \[120, 160\] .*nothing was written'):
+    with pytest.raises(SetupError, match=r'at \[64, 96\] .*nothing was written'):
         check_detector(model, off, SIZES[:1], read_pictures(None, [])[:1])
 
 
