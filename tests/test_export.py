@@ -224,7 +224,10 @@ def test_mask_rcnn_to_onnx(tool):
 
 
 def test_detr_to_onnx(tool):
-    model = detector(small_detectors.config('detr'))
+    config = small_detectors.config('detr')
+    config.backbone.update(arch=dict(embed_dims=32, depths=[1], num_heads=[1]), out_indices=(0,))
+    config.neck.in_channels = [32]
+    model = detector(config)
     status, said, errors = tool(Path('d.py'), 'it.pth', '--out', 'd.onnx', '--shape', '64', '96')
     assert (status, said[-1]) == (0, 'd.onnx'), errors
     assert domains('d.onnx') == {''}
