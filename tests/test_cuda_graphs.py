@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -236,6 +237,7 @@ class Policy:
         for _ in range(times):
             before = self.graphs.counts.copy()
             outputs = self.graphs.run(self.model, function, torch.zeros(size), settings=settings)
+            self.outputs = outputs
             if learned:
                 sum(outputs[:learned]).sum().backward()
             ((_, outcome),) = self.graphs.counts - before
@@ -273,14 +275,67 @@ def test_each_kind_is_captured_when_it_has_come_often_enough(policy):
     assert len({graph.pool for graph in policy.graphs._graphs.values()}) == 1
 
 
+@pytest.fixture
+def two(policy):
+    """Calls for a pass with two outputs, and whether the last capture came after one that had run."""
+
+    def calls(*steps):
+        outputs = None
+        for step in steps:
+            call = {'function': lambda x: (policy.model(x), policy.model.inner(x).exp())}
+            outputs = policy.call(1, learned=step if type(step) is int else 0, **call)
+            if callable(step):
+                step(policy.model, policy.outputs)
+        assert outputs == 'c'
+        return list(policy.graphs._graphs.values())[-1].has_run
+
+    return calls
+
+
 @pytest.mark.parametrize('learned', [0, 1, 2])
-def test_what_has_run_with_its_gradients_needs_no_other_pass_before_its_capture(policy, learned):
-    policy.call(CALLS, function=lambda x: (policy.model(x), policy.model.inner(x)), learned=learned)
-    (graph,) = policy.graphs._graphs.values()
-    assert graph.has_run == (learned == 2)
+def test_what_has_run_with_its_gradients_needs_no_other_pass_before_its_capture(two, learned):
+    assert two(learned, 2) == (learned == 2)
+
+
+def test_gradients_of_the_outputs_alone_are_not_the_passs(two):
+    assert not two(lambda _, outputs: torch.autograd.grad(sum(outputs).sum(), outputs), 2)
+
+
+def test_what_is_learned_since_a_pass_needs_another(two, policy):
+    policy.model.requires_grad_(False)
+    assert not two(lambda model, _: model.requires_grad_(), 2)
+
+
+def test_a_pass_without_gradients_has_run(two):
     with torch.no_grad():
-        policy.call(CALLS)
-    assert list(policy.graphs._graphs.values())[-1].has_run
+        assert two(0, 0)
+
+
+def test_a_watched_pass_is_another(policy):
+    handle = policy.model.inner.register_forward_hook(lambda *_: None)
+    assert policy.call(CALLS - 1, learned=1, function=lambda x: (policy.model(x),)) == 'e' * (CALLS - 1)
+    handle.remove()
+    assert policy.call(1) == 'c'
+    assert not list(policy.graphs._graphs.values())[-1].has_run
+
+
+def test_outputs_are_freed_without_a_collection(policy):
+    class Kept(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.kept = policy
+            node.append(weakref.ref(ctx))
+            return x.clone()
+
+    node = []
+    gc.disable()
+    try:
+        policy.call(CALLS - 1, function=lambda x: (Kept.apply(policy.model(x)),))
+        assert node[0]() is not None
+        policy.outputs = None
+        assert node[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_the_least_used_graph_makes_room_for_what_comes_twice_as_often(policy):
@@ -914,23 +969,15 @@ def reserved():
 
 @gpu
 def test_memory_is_freed():
-    """But what cuBLAS keeps for a stream, which the next model's graphs use."""
-
-    def held():
-        model = make(cuda_graphs=2)
-        del model._compute  # it makes a cycle
-        for _ in range(CALLS):
-            train_step(model, images())
-            infer(model, images())
-        assert len(model.graphs._graphs) == 2
-        return pool_of(model).size
-
-    assert held()
-    after = [reserved()]
-    for _ in range(3):
-        held()
-        after.append(reserved())
-    assert after == after[:1] * 4
+    model = make(cuda_graphs=2)
+    del model._compute  # it makes a cycle
+    start, x = reserved(), images(side=512)
+    for _ in range(CALLS):
+        train_step(model, x)
+        infer(model, x)
+    assert len(model.graphs._graphs) == 2 and pool_of(model).size > 2**28
+    del model
+    assert reserved() - start < 2**27  # what cuBLAS keeps for two streams
 
 
 @gpu

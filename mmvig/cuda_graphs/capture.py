@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from mmvig.ops.plain import PLAIN_TENSORS, has_global_hooks, has_hooks, has_own_forward
 
 _capturing = threading.Lock()
-_streams: dict[tuple, list[torch.cuda.Stream]] = {}  # of pools that have gone
 _TRAINING, _REQUIRES_GRAD = operator.itemgetter('training'), operator.attrgetter('requires_grad')
 
 
@@ -123,11 +122,9 @@ class Pool:
     def __init__(self, where: tuple, device: torch.device):
         self.where = where
         self.handle = torch.cuda.graph_pool_handle()
-        # Its own: cuBLAS keeps a workspace for each stream, which captures then take from this pool. That
-        # stays when the pool goes, so the next one has the same stream.
-        left = _streams.setdefault((*where, device), [])
-        self.stream = left.pop() if left else torch.cuda.Stream(device)
-        weakref.finalize(self, left.append, self.stream).atexit = False
+        # Its own: cuBLAS keeps a workspace for each stream, which captures then take from this pool. Up to
+        # PyTorch 2.11 those 64 MB stay when the pool goes, where no other pool may use them.
+        self.stream = torch.cuda.Stream(device)
         self.size = 0  # bytes that nothing else can use
         self.node: weakref.ref | None = None
 
@@ -220,8 +217,8 @@ class Graph:
         tensors: the tensors in them.
         state: the module's.
         pool: where its memory is.
-        has_run: whether a pass of this kind has run with its gradients; else one is run first, since what a
-            first pass sets up cannot be captured.
+        has_run: whether the same pass has run with its gradients; else one is run first, since what a first
+            pass sets up cannot be captured.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from mmengine.logging import print_log
@@ -67,7 +67,7 @@ class CudaGraphs:
         self.counts: Counter = Counter()
         self._graphs: dict[tuple, Graph] = {}
         self._calls: Counter = Counter()  # by kind
-        self._have_run: set[tuple] = set()  # kinds of which a pass has run, with its gradients
+        self._have_run: dict[tuple, tuple] = {}  # how a pass has run with its gradients, by kind
         self._patience = CALLS
         self._age = 0
         self._refused: set[tuple] = set()
@@ -111,33 +111,39 @@ class CudaGraphs:
         if graph is None or is_watched or graph.pool.is_needed():
             self.counts[size, 'eager'] += 1
             outputs = call(*inputs)
-            self._note_run(kind, outputs)
+            self._note_run(kind, module, tensors, outputs)
             return outputs
         self.counts[size, outcome] += 1
         graph.replays += 1
         return graph(module, call, tensors)
 
-    def _note_run(self, kind: tuple, outputs) -> None:
-        """Note that an eager pass has run, once gradients have come to all of its outputs that take one."""
-        if kind in self._have_run:
+    def _note_run(self, kind: tuple, module: nn.Module, tensors: list[Tensor], outputs) -> None:
+        """Note how an eager pass has run, once gradients have gone through all of its outputs."""
+        if self._calls[kind] != self._patience - 1 or State.of(module) is None:  # the next may be captured
             return
-        learning = [y for y in tensors_of(outputs) if y is not None and y.requires_grad]
-        if not learning:
-            self._have_run.add(kind)
-            return
+        how = _how(module, tensors)
+        nodes = {y.grad_fn for y in tensors_of(outputs) if y is not None and y.requires_grad}
+        have_run, left = self._have_run, set(range(len(nodes)))
+        if not nodes:
+            have_run[kind] = how
 
-        def note(gradients: Sequence[Tensor | None]) -> None:
-            if all(g is not None for g in gradients):
-                self._have_run.add(kind)
+        # It must hold no node, which holds it: memory of outputs would wait for the garbage collector.
+        def note(i: int) -> None:
+            left.discard(i)
+            if not left:
+                have_run[kind] = how
 
-        torch.autograd.graph.register_multi_grad_hook(learning, note)
+        if None not in nodes:  # a leaf has none
+            for i, node in enumerate(nodes):
+                node.register_hook(lambda *_, i=i: note(i))
 
     def _count(self, kind: tuple) -> None:
         self._calls[kind] += 1
         self._age += 1
         if self._age % AGE == 0:
             self._calls = Counter({kind: count // 2 for kind, count in self._calls.items() if count > 1})
-            self._have_run &= self._calls.keys()
+            for other in self._have_run.keys() - self._calls.keys():
+                del self._have_run[other]
 
     def _capture(
         self, kind: tuple, module: nn.Module, call: Callable, inputs: tuple, tensors: list[Tensor]
@@ -166,7 +172,8 @@ class CudaGraphs:
             return None
         try:
             pool = pool or Pool(where, tensors[0].device)
-            graph = Graph(module, call, inputs, tensors, state, pool, kind in self._have_run)
+            has_run = self._have_run.get(kind) == _how(module, tensors)
+            graph = Graph(module, call, inputs, tensors, state, pool, has_run)
         except RuntimeError as error:  # as where memory is short; nobody asked for graphs
             if self.limit != 'auto':
                 raise
@@ -182,7 +189,7 @@ class CudaGraphs:
         """Give up a graph; others take longer to come if it was of little use."""
         graph = self._graphs.pop(kind)
         self._calls[kind] = 0
-        self._have_run.discard(kind)
+        self._have_run.pop(kind, None)
         self._patience = CALLS if graph.replays >= WORTH else min(2 * self._patience, MOST_CALLS)
         if graph.is_refused:
             self._refused.add(kind)
@@ -219,6 +226,11 @@ def _kind_of(module: nn.Module, tensors: list[Tensor]) -> tuple:
         torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic,
         *_precisions(),
     )  # fmt: skip
+
+
+def _how(module: nn.Module, tensors: list[Tensor]) -> tuple:
+    """What besides the kind decides which kernels a pass and its gradients launch."""
+    return [p.requires_grad for p in module.parameters()], [x.stride() for x in tensors]
 
 
 def _precisions() -> tuple:
