@@ -626,6 +626,7 @@ def test_losses_of_few_regions():
     for each in truth:
         each.labels = torch.arange(len(each)) % 5
     proposals = [torch.cat([boxes(30, generator, 100), each.bboxes + 1]) for each in truth]
+    proposals = [each.requires_grad_() for each in proposals]
     seen = set()
     for _ in range(10):
         drawn = ours._draw(proposals, truth)
@@ -641,8 +642,8 @@ def test_losses_of_few_regions():
             assert_close(result.pos_gt_labels, each.labels[numbers])
             assert result.pos_is_gt.bool().tolist() == (result.pos_inds < len(each)).tolist()
             assert result.num_gts == len(each) and result.avg_factor == 16
-            assert_close(torch.from_numpy(result.fetched[0]), result.pos_priors, rtol=0, atol=0)
-            assert result.fetched[1].tolist() == numbers.tolist()
+            assert_close(torch.from_numpy(result.fetched[1][0]), result.pos_priors, rtol=0, atol=0)
+            assert result.fetched[1][1].tolist() == numbers.tolist()
             seen.add((len(each), *result.pos_inds.sort().values.tolist()))
     assert len(seen) > 10  # others each time
 
@@ -659,13 +660,19 @@ def test_masks_of_regions_on_the_host_are_mmdets(kind, monkeypatch):
         if kind is BitmapMasks:
             each.masks = each.masks.to_bitmap()
     drawn = ours._draw([each.bboxes + 1 for each in truth], truth)
-    cfg = ConfigDict(mask_size=7)
+    cfg = ConfigDict(mask_size=(7, 11))
     expected = FCNMaskHead.get_targets(ours.mask_head, drawn, truth, cfg)
-    if kind is PolygonMasks:
-        monkeypatch.setattr(torch.Tensor, 'cpu', None)
-    actual = ours.mask_head.get_targets(drawn, truth, cfg)
+    with monkeypatch.context() as patch:
+        if kind is PolygonMasks:
+            patch.setattr(torch.Tensor, 'cpu', None)
+        actual = ours.mask_head.get_targets(drawn, truth, cfg)
     assert 0.1 < actual.mean() < 0.9
     assert_close(actual, expected, rtol=0, atol=0)
+    # Who changes the regions, as Grid R-CNN does, has the changed ones' masks.
+    drawn[0].pos_priors = drawn[0].pos_priors[:2] + 9
+    drawn[0].pos_assigned_gt_inds = drawn[0].pos_assigned_gt_inds[:2]
+    expected = FCNMaskHead.get_targets(ours.mask_head, drawn, truth, cfg)
+    assert_close(ours.mask_head.get_targets(drawn, truth, cfg), expected, rtol=0, atol=0)
 
 
 def test_other_targets_are_mmdets(monkeypatch):

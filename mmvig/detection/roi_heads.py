@@ -98,7 +98,7 @@ class FCNMaskHead(_FCNMaskHead):
             batch_gt_instances: each image's objects, with ``masks``.
             rcnn_train_cfg: ``mask_size``, and ``soft_mask_target``, by default False.
         """
-        fetched = [getattr(each, 'fetched', None) for each in sampling_results]
+        fetched = [_fetched(each) for each in sampling_results]
         masks_of = [each.masks for each in batch_gt_instances]
         if None in fetched or not all(type(masks) is PolygonMasks for masks in masks_of):
             return super().get_targets(sampling_results, batch_gt_instances, rcnn_train_cfg)
@@ -113,6 +113,12 @@ class FCNMaskHead(_FCNMaskHead):
         if device.type == 'cuda':
             targets = targets.pin_memory().to(device, non_blocking=True)
         return targets.float()
+
+
+def _fetched(result: SamplingResult) -> tuple[np.ndarray, np.ndarray] | None:
+    """Boxes ``[N, 4]`` and objects ``[N]`` of regions on the host, if they are there and still the same."""
+    of, values = getattr(result, 'fetched', ((None, None), None))
+    return values if of[0] is result.pos_priors and of[1] is result.pos_assigned_gt_inds else None
 
 
 class StandardRoIHead(_StandardRoIHead):
@@ -192,9 +198,9 @@ class StandardRoIHead(_StandardRoIHead):
         (positive, is_positive), (negative, is_negative) = self.bbox_sampler.sample_each(numbers)
         owners = (numbers.gather(1, positive) - 1).clamp(min=0)
         boxes = priors.gather(1, positive[..., None].expand(-1, -1, 4))
-        # One wait for all that the host must know.
+        # One wait for all that the host must know; float32 has all numbers up to 2^24.
         found = is_positive.sum(1, keepdim=True), is_negative.sum(1, keepdim=True), owners, boxes.flatten(1)
-        found = torch.cat([each.double() for each in found], 1).cpu().numpy()
+        found = torch.cat([each.detach().float() for each in found], 1).cpu().numpy()
         labels = torch.cat([each.labels for each in instances])
         columns = {
             'pos_inds': positive,
@@ -215,8 +221,9 @@ class StandardRoIHead(_StandardRoIHead):
             result.pos_is_gt = (result.pos_inds < (counts[i] if with_own else 0)).to(torch.uint8)
             result.num_pos, result.num_neg, result.num_gts = max(many, 1), max(few, 1), counts[i]
             result.avg_factor_with_neg, result.avg_factor = True, result.num_pos + result.num_neg
-            own_boxes = row[2 + owners.shape[1] :].reshape(-1, 4)[:many].astype(np.float32)
-            result.fetched = own_boxes, row[2 : 2 + many].astype(int) - first
+            own_boxes = row[2 + owners.shape[1] :].reshape(-1, 4)[:many]
+            own_owners = row[2 : 2 + many].astype(int) - first
+            result.fetched = (result.pos_priors, result.pos_assigned_gt_inds), (own_boxes, own_owners)
             results.append(result)
             first += counts[i]
         return results
