@@ -34,12 +34,14 @@ class Conv2d(nn.Conv2d):
 
     def _is_product(self, x: Tensor) -> bool:
         if not (
-            self.kernel_size == self.stride == (1, 1)
+            type(self) is Conv2d
+            and type(x) in PLAIN_TENSORS  # first: a tracer's stand-in answers no question
+            and type(self.weight) in PLAIN_TENSORS
+            and self.kernel_size == self.stride == (1, 1)
             and self.padding == (0, 0)
             and self.groups == 1
             and x.is_cuda
             and x.ndim == 4
-            and all(type(each) in PLAIN_TENSORS for each in (x, self.weight))
         ):
             return False
         is_half = torch.is_autocast_enabled('cuda') or x.dtype in (torch.float16, torch.bfloat16)

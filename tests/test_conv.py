@@ -45,11 +45,10 @@ def test_a_1x1_convolution_is_a_product(layout, bias, monkeypatch):
     assert_close(actual, results(theirs, x))
 
 
-@pytest.mark.parametrize('options', [{'kernel_size': 3}, {'stride': 2}, {'padding': 1}, {'groups': 2}])
-def test_other_convolutions_are_none(options):
-    conv = Conv2d(**{'in_channels': 4, 'out_channels': 4, 'kernel_size': 1, **options})
-    assert not conv._is_product(torch.zeros(1, 4, 8, 8, device='meta'))
-    assert conv(torch.zeros(1, 4, 8, 8)).shape[:2] == (1, 4)
+def test_a_tracer_sees_a_convolution():
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(Conv2d(6, 5, 1)))
+    x = torch.randn(2, 6, 4, 4)
+    assert traced(x).shape == (2, 5, 4, 4) and 'conv2d' in traced.code
 
 
 def test_the_configs_neck_and_rpn_have_them():
@@ -81,3 +80,17 @@ def test_float32_is_left_to_pytorch():
     x = torch.randn(2, 6, 5, 8, device='cuda')
     assert not ours._is_product(x)
     assert_close(results(ours, x), results(theirs, x), rtol=0, atol=0)
+
+
+OTHERS = {'kernel_size': 3}, {'stride': 2}, {'padding': 1}, {'groups': 2}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('options', [{}, *OTHERS])
+def test_other_convolutions_are_none(options):
+    conv = Conv2d(**{'in_channels': 4, 'out_channels': 4, 'kernel_size': 1, **options}).half().cuda()
+    x = torch.zeros(1, 4, 8, 8, device='cuda', dtype=torch.float16)
+    assert conv._is_product(x) == (not options)
+    assert not conv._is_product(x[:0]) and not conv._is_product(x.float())
+    conv.__class__ = type('Own', (Conv2d,), {})
+    assert not conv._is_product(x)
