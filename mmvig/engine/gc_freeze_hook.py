@@ -14,10 +14,14 @@ class GCFreezeHook(Hook):
 
     That is half a million objects, most of them of imported modules. Now and then the collector looks
     through all objects, which stops an iteration for half a second. It still looks through those that come
-    later. After the run it looks through all again.
+    later. After the run it looks through all again; after one that has failed, from the next run on.
     """
 
     _is_frozen = False
+
+    def before_run(self, runner: Runner) -> None:
+        """Let the collector look at what a run has left that failed."""
+        gc.unfreeze()
 
     def _after_iter(self, runner: Runner, batch_idx: int, *args, **kwargs) -> None:
         if not self._is_frozen:

@@ -16,7 +16,9 @@ class Garbage:
 @pytest.mark.parametrize('mode', ['train', 'val', 'test'])
 def test_what_is_there_is_frozen_until_the_run_ends(mode):
     hook = HOOKS.build({'type': 'GCFreezeHook'})
-    gc.unfreeze()
+    gc.freeze()  # as by a run that has failed
+    hook.before_run(None)
+    assert gc.get_freeze_count() == 0
     gc.disable()
     try:
         old = weakref.ref(Garbage())
