@@ -5,8 +5,10 @@ import json
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
+import mmcv
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,11 @@ model = dict(
 steps = [{{loader}}, dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
 test_dataloader = dict(dataset=dict(pipeline=steps))
 """
+CLASSIFIER = f"""
+_base_ = [{str(ROOT / 'configs/classification/vigh_t_tin.py')!r}]
+arch = dict(_delete_=True, embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
+model = dict(backbone=dict(arch=arch), head=dict(in_channels=256))
+"""
 
 
 @pytest.fixture(scope='module')
@@ -100,9 +107,7 @@ def results(demo, monkeypatch):
     def watched(make):
         def painter(*arguments):
             paint = make(*arguments)
-            return lambda image, result, output: (
-                seen.append((image, result)) or paint(image, result, output)
-            )
+            return lambda image, result: seen.append((image, result)) or paint(image, result)
 
         return painter
 
@@ -239,7 +244,7 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(tool):
     assert len(errors) == len(bad) + 1
     for name, line in zip(bad, errors, strict=False):
         assert line.startswith(f'error: {name} cannot be read by ')
-    assert errors[-1] == 'error: 6 of 8 images were not drawn, see above'
+    assert errors[-1] == 'error: 6 of 8 inputs were not drawn, see above'
     assert sorted(path.name for path in Path('drawn').iterdir()) == ['good.png', 'grey.png']
 
 
@@ -268,6 +273,130 @@ def test_names_of_classes_come_from_the_checkpoint_or_the_data_set(demo, tool, m
     assert status == 2 and 'bbox_head.num_classes is 3' in line and '2 classes (x, y)' in line
 
 
+def save_video(name, code='mp4v', frames=3, size=(81, 61)):
+    writer = cv2.VideoWriter(name, cv2.VideoWriter_fourcc(*code), 4, size)
+    for i in range(frames):
+        writer.write(cv2.resize(picture(seed=i), size))
+    writer.release()
+
+
+def test_a_folder_of_pictures_and_videos(tool, results):
+    save_weights(write(DETECTOR))
+    folder = Path('seen')
+    folder.mkdir()
+    cv2.imwrite('seen/a.png', picture())
+    save_video('seen/b.avi', 'MJPG')
+    save_video('seen/c.mp4')
+    Path('seen/lost.png').symlink_to('nowhere')
+    for name in ('notes.txt', 'text.jpg', 'text.mp4'):
+        Path('seen', name).write_text('no picture')
+    status, said, errors = tool('cfg.py', 'it.pth', folder, '--out-dir', 'drawn')
+    assert status == 2
+    assert said[-3:] == ['drawn/a.png', 'drawn/b.avi.mp4', 'drawn/c.mp4']
+    assert [error.split(' cannot be read ')[0] for error in errors] == [
+        'error: seen/lost.png',
+        'error: seen/text.jpg',
+        'error: seen/text.mp4',
+        'error: 3 of 6 inputs were not drawn, see above',
+    ]
+    shown = [image[..., ::-1] for image, _ in results[1:]]
+    for name, frames in (('b.avi', shown[:3]), ('c.mp4', shown[3:])):
+        sent = list(mmcv.VideoReader(f'seen/{name}'))
+        assert len(sent) == len(frames) == 3 and all(map(np.array_equal, sent, frames))
+        drawn = mmcv.VideoReader(said[-2 if name == 'b.avi' else -1])
+        # MPEG-4 of OpenCV has even sides.
+        assert (drawn.fps, len(list(drawn)), drawn.resolution) == (4, 3, (80, 60))
+
+
+def test_frames_are_read_as_the_config_reads_pictures(tool, results):
+    save_weights(
+        write(DETECTOR, loader="dict(type='LoadImageFromFile', color_type='grayscale')", channels=1)
+    )
+    save_video('a.mp4', frames=2)
+    assert tool('cfg.py', 'it.pth', 'a.mp4', '--out-dir', 'drawn')[0] == 0
+    for (image, _), frame in zip(results, mmcv.VideoReader('a.mp4'), strict=True):
+        np.testing.assert_allclose(image[..., 0], cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY), atol=1)
+
+
+def test_videos_that_are_cut_or_cannot_be_written(demo, tool, monkeypatch):
+    save_weights(write(DETECTOR))
+    save_video('whole.mkv', frames=60)
+    whole = Path('whole.mkv').read_bytes()
+    Path('cut.mkv').write_bytes(whole[: len(whole) // 12])
+    status, said, errors = tool('cfg.py', 'it.pth', 'cut.mkv', '--out-dir', 'drawn')
+    frames = mmcv.VideoReader('drawn/cut.mkv.mp4').frame_cnt
+    assert (status, said[-1], errors) == (0, 'drawn/cut.mkv.mp4', []) and 0 < frames < 10
+    assert f'cut.mkv: {frames} of 60 frames could be read.' in said[-2]
+
+    save_video('two.mp4', frames=2)
+    Path('drawn/two.mp4').symlink_to('/dev/full')
+    status, _, errors = tool('cfg.py', 'it.pth', 'two.mp4', '--out-dir', 'drawn')
+    assert status == 2 and errors[0].startswith('error: drawn/two.mp4 cannot be written: OpenCV opens no')
+
+    # As on a full disk: nothing is written, and no error is said.
+    writer = SimpleNamespace(open=lambda *_: True, write=lambda frame: None, release=lambda: None)
+    monkeypatch.setattr(cv2, 'VideoWriter', lambda: writer)
+    status, _, errors = tool('cfg.py', 'it.pth', 'two.mp4', '--out-dir', 'other')
+    assert status == 2 and 'other/two.mp4 cannot be written: it has 0 of 2 frames' in errors[0]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (['empty'], ['folder empty holds no images or videos']),
+        (['notes.txt'], ['notes.txt cannot be read by LoadImageFromFile']),
+        (['text.mp4'], ['text.mp4 cannot be read as a video: OpenCV finds no frames in it']),
+        (['text.mp4', 'notes.txt'], ['text.mp4 cannot be read as', 'notes.txt cannot be read by']),
+        (['folder.mp4'], ['folder folder.mp4 holds no images']),
+    ],
+)
+def test_no_model_is_built_where_nothing_can_be_read(demo, tool, monkeypatch, arguments, said):
+    monkeypatch.setattr(demo, 'build_model', None)
+    write(DETECTOR)
+    for name in ('notes.txt', 'text.mp4', 'it.pth'):
+        Path(name).write_text('no picture')
+    Path('empty').mkdir()
+    Path('folder.mp4').mkdir()
+    status, _, errors = tool('cfg.py', 'it.pth', *arguments)
+    assert status == 2 and len(errors) == len(said)
+    assert all(part in line for part, line in zip(said, errors, strict=True))
+
+
+def test_the_packages_inferencers_predict_the_same(tool, results):
+    from mmdet.apis import DetInferencer
+    from mmpretrain import ImageClassificationInferencer
+    from mmseg.apis import MMSegInferencer
+
+    cv2.imwrite('a.png', picture())
+    meta = dict(dataset_meta=dict(classes=CLASSES, palette=[(9, 99, 199)] * 3))
+    save_weights(write(DETECTOR), meta)
+    assert tool('cfg.py', 'it.pth', 'a.png', '--out-dir', 'detected')[0] == 0
+    inferencer = DetInferencer('cfg.py', 'it.pth', device='cpu', show_progress=False)
+    (expected,) = inferencer('a.png', return_datasamples=True)['predictions']
+    found = results[-1][1].pred_instances
+    assert len(found.bboxes) == 5
+    for key in ('bboxes', 'scores', 'labels', 'masks'):
+        assert torch.equal(torch.as_tensor(found[key]), torch.as_tensor(expected.pred_instances[key])), key
+
+    cfg = write(SEGMENTOR)
+    names = [f'class {i}' for i in range(cfg.model.decode_head.num_classes)]
+    save_weights(
+        cfg, dict(dataset_meta=dict(classes=names, palette=[[i, 0, 9] for i in range(len(names))]))
+    )
+    assert tool('cfg.py', 'it.pth', 'a.png', '--out-dir', 'segmented')[0] == 0
+    expected = MMSegInferencer('cfg.py', 'it.pth', device='cpu')('a.png')['predictions']
+    assert np.array_equal(results[-1][1].pred_sem_seg.data[0], expected)
+
+    cfg = write(CLASSIFIER)
+    save_weights(cfg, dict(dataset_meta=dict(classes=[f'class {i}' for i in range(40)])))
+    save_video('b.mp4', frames=2)
+    status, said, errors = tool('cfg.py', 'it.pth', 'a.png', 'b.mp4', '--out-dir', 'classified')
+    assert (status, errors, said[-2:]) == (0, [], ['classified/a.png', 'classified/b.mp4'])
+    (expected,) = ImageClassificationInferencer('cfg.py', 'it.pth', device='cpu')('a.png')
+    assert np.array_equal(results[-3][1].pred_score, expected['pred_scores'])
+    assert not np.array_equal(cv2.imread('classified/a.png'), picture())  # the class is written on it
+
+
 @pytest.mark.parametrize(
     ('arguments', 'said'),
     [
@@ -284,7 +413,7 @@ def test_names_of_classes_come_from_the_checkpoint_or_the_data_set(demo, tool, m
         ('--out-dir /proc/a', 'cannot be written'),
         ('--out-dir ' + 300 * 'x', 'File name too long'),
         ('--out-dir .', 'would be overwritten'),
-        ('no.png', 'image is missing'),
+        ('no.png', 'image or video is missing'),
     ],
 )
 def test_options_are_checked_before_the_model_is_built(
