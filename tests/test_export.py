@@ -258,6 +258,18 @@ def test_pooling_is_pytorchs(export, height, width, size):
     torch.testing.assert_close(export._adaptive_average(pool, x), pool(x))
 
 
+def test_upsampling_by_mmseg_is_traced_for_all_sizes(export):
+    from mmseg.models.utils import Upsample
+
+    layer = Upsample(scale_factor=2, mode='bilinear', align_corners=False)
+    sides = {i: torch.export.Dim(f'side{i}', min=2, max=99) for i in (2, 3)}
+    with export._traceable():
+        program = torch.export.export(layer, (torch.rand(1, 3, 8, 8),), dynamic_shapes=(sides,))
+        assert Upsample(size=(4, 5))(torch.rand(1, 3, 2, 2)).shape[2:] == (4, 5)
+    x = torch.rand(1, 3, 5, 9)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
 def test_a_wrong_export_is_not_written(tool, export, monkeypatch):
     """Beyond the traced size alone: a model whose output is off only there."""
     monkeypatch.setattr(export, 'to_onnx', lambda *_: b'')

@@ -21,6 +21,7 @@ ones.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -28,11 +29,12 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -190,6 +192,25 @@ def _adaptive_average(pool: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:
     return (x[..., None, :, :] * rows[..., None]).sum(-2)
 
 
+@contextlib.contextmanager
+def _traceable() -> Iterator[None]:
+    """Give layers a ``forward`` whose trace holds for all image sizes."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(nn.AdaptiveAvgPool2d, 'forward', _adaptive_average))
+        if layers := sys.modules.get('mmseg.models.utils.wrappers'):
+            theirs = layers.Upsample.forward
+
+            def upsample(layer: nn.Module, x: Tensor) -> Tensor:
+                factor = layer.scale_factor
+                if layer.size or not isinstance(factor, float) or not factor.is_integer():
+                    return theirs(layer, x)
+                size = [side * int(factor) for side in x.shape[2:]]  # mmseg rounds a float
+                return F.interpolate(x, size, mode=layer.mode, align_corners=layer.align_corners)
+
+            stack.enter_context(mock.patch.object(layers.Upsample, 'forward', upsample))
+        yield
+
+
 def trace(model: nn.Module, shape: tuple[int, int]) -> torch.export.ExportedProgram:
     """torch.export of a model of images, with batch (but for a detector's), height and width free."""
     least = least_side(model)
@@ -203,8 +224,7 @@ def trace(model: nn.Module, shape: tuple[int, int]) -> torch.export.ExportedProg
     if takes_size(model):
         del dims[0]
         inputs, dynamic = (inputs[0][:1], torch.zeros(2, dtype=torch.int64)), (dims, None)
-    average = mock.patch.object(nn.AdaptiveAvgPool2d, 'forward', _adaptive_average)
-    with torch.no_grad(), average, warnings.catch_warnings():
+    with torch.no_grad(), _traceable(), warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # of deprecations within torchvision
         return torch.export.export(model, inputs, dynamic_shapes=dynamic)
 
