@@ -328,6 +328,13 @@ def test_videos_that_are_cut_or_cannot_be_written(demo, tool, monkeypatch):
     assert (status, said[-1], errors) == (0, 'drawn/cut.mkv.mp4', []) and 0 < frames < 10
     assert f'cut.mkv: {frames} of 60 frames could be read.' in said[-2]
 
+    save_video('stream.webm', 'VP80', frames=2)
+    stream = Path('stream.webm').read_bytes()
+    Path('stream.webm').write_bytes(stream.replace(b'\x44\x89\x88', b'\xec\x89\x88'))  # no duration
+    assert mmcv.VideoReader('stream.webm').frame_cnt < 0
+    assert tool('cfg.py', 'it.pth', 'stream.webm', '--out-dir', 'drawn')[::2] == (0, [])
+    assert mmcv.VideoReader('drawn/stream.webm.mp4').frame_cnt == 2
+
     save_video('two.mp4', frames=2)
     Path('drawn/two.mp4').symlink_to('/dev/full')
     status, _, errors = tool('cfg.py', 'it.pth', 'two.mp4', '--out-dir', 'drawn')

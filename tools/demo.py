@@ -233,7 +233,8 @@ def draw_video(path: Path, output: Path, predictor: Predictor) -> None:
     with TemporaryDirectory() as folder:  # each frame as a file, which the test pipeline reads as any other
         still = Path(folder, 'frame.bmp')
         try:
-            for frame in track(video, path.name, len(video), console=Console(stderr=True)):
+            frames = (frame for frame in video)  # whose len() is below 0 where the file does not say it
+            for frame in track(frames, path.name, max(0, video.frame_cnt), console=Console(stderr=True)):
                 save(frame, still)
                 drawn = predictor(still)
                 start = str(output), cv2.VideoWriter_fourcc(*'mp4v'), video.fps, drawn.shape[1::-1]
@@ -248,8 +249,8 @@ def draw_video(path: Path, output: Path, predictor: Predictor) -> None:
     written = mmcv.VideoReader(str(output)).frame_cnt if output.is_file() else 0
     if written != count:  # OpenCV does not say when it cannot write
         raise SetupError(f'{output} cannot be written: it has {written} of {count} frames')
-    if count < len(video):
-        logger.warning('%s: %d of %d frames could be read.', path, count, len(video))
+    if count < video.frame_cnt:
+        logger.warning('%s: %d of %d frames could be read.', path, count, video.frame_cnt)
 
 
 def main() -> None:
