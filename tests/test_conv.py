@@ -5,6 +5,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from torch.testing import assert_close
 
 from mmvig.conv import Conv2d
@@ -53,9 +54,10 @@ def test_a_tracer_sees_a_convolution():
 
 def test_the_configs_neck_and_rpn_have_them():
     model = Config.fromfile('configs/_base_/models/maskrcnn_vigh.py').model
-    neck = MODELS.build(model.neck)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        neck = MODELS.build(model.neck)
+        head = MODELS.build({**model.rpn_head, 'train_cfg': None, 'test_cfg': None})
     assert all(type(each.conv) is Conv2d for each in (*neck.lateral_convs, *neck.fpn_convs))
-    head = MODELS.build({**model.rpn_head, 'train_cfg': None, 'test_cfg': None})
     assert type(head.rpn_cls) is type(head.rpn_reg) is Conv2d and type(head.rpn_conv) is torch.nn.Conv2d
 
 

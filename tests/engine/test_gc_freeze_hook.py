@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from mmvig.registry import HOOKS
+from mmvig.engine.gc_freeze_hook import GCFreezeHook
 
 
 class Garbage:
@@ -15,7 +15,7 @@ class Garbage:
 
 @pytest.mark.parametrize('mode', ['train', 'val', 'test'])
 def test_what_is_there_is_frozen_until_the_run_ends(mode):
-    hook = HOOKS.build({'type': 'GCFreezeHook'})
+    hook = GCFreezeHook()
     gc.freeze()  # as by a run that has failed
     hook.before_run(None)
     assert gc.get_freeze_count() == 0
