@@ -271,7 +271,10 @@ def _check(backbone: nn.Module, own: Mapping[str, Tensor], incoming: Mapping[str
     problems += [
         f'shape of {key}: {list(incoming[key].shape)}, expected {list(own[key].shape)}'
         for key in own
-        if key in incoming and incoming[key].shape != own[key].shape
+        # A quantised layer's packed weights are no tensors, and PyTorch unpacks them itself.
+        if isinstance(incoming.get(key), Tensor)
+        and isinstance(own[key], Tensor)
+        and incoming[key].shape != own[key].shape
     ]
     if problems:
         name = type(backbone).__name__

@@ -1,5 +1,6 @@
 """What the backbones share: checked options, freezing, and strict loading of checkpoints."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from mmengine.model import BaseModule, PretrainedInit
@@ -148,7 +149,10 @@ class Backbone(BaseModule):
         """
         if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
             raise TypeError(f'state_dict must map names to tensors, got {type(state_dict).__name__}')
-        state_dict = dict(checkpoints.unwrap(state_dict))
+        content = checkpoints.unwrap(state_dict)
+        state_dict = OrderedDict(content)
+        if hasattr(content, '_metadata'):  # the versions of its layers, which quantised ones need
+            state_dict._metadata = content._metadata
         self._adapt(state_dict, '', strict)
         return super().load_state_dict(state_dict, strict, assign)
 

@@ -26,10 +26,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """What ``module(x)`` is, by :func:`linear` where the module is a linear layer and nothing else."""
+    """What ``module(x)`` is, by :func:`linear` where the module is a linear layer and nothing else.
+
+    Raises:
+        TypeError: The module is one of PyTorch's quantised layers, and x is not in float32.
+    """
     if x.device.type == 'cpu' and is_plain(module, nn.Linear):
         return linear(x, module.weight, module.bias)
+    if x.dtype != torch.float32 and not torch.compiler.is_compiling() and _is_quantised(module):
+        raise TypeError(f'quantised layers take float32, got {x.dtype}: use no autocast and no .half()')
     return module(x)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return type(module).__module__.startswith('torch.ao.nn.quantized.')
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
