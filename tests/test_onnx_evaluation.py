@@ -5,11 +5,13 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
 from pycocotools import mask as coco_mask
 from small_configs import write_small
@@ -24,12 +26,17 @@ def configs(tmp_path_factory):
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys):
-    """Run the tool: its measures, or the error."""
+def module(monkeypatch):
     spec = importlib.util.spec_from_file_location('test_onnx', TOOL)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(sys, 'path', list(sys.path))
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tool(module, monkeypatch, capsys):
+    """Run the tool: its measures, or the error."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, 'argv', ['test_onnx.py', *map(str, arguments)])
@@ -86,6 +93,20 @@ def test_segmentor(tool, configs, tmp_path, scale):
     logits = (labels[:, None] == np.arange(7)[:, None, None]).astype(np.float32)
     write_answers(tmp_path / 's.onnx', ['images'], logits=logits, labels=labels.astype(np.int64))
     assert tool(segmentor, tmp_path / 's.onnx')['mIoU'] >= (100.0 if scale == 1 else 97.0)
+
+
+@pytest.mark.parametrize('head, least', [({}, 0.3), ({'threshold': 0.7}, 0.7)])
+def test_a_segmentor_of_one_channel(module, tmp_path, head, least):
+    """Its resized logits are compared with mmseg's threshold or the config's; an argmax would be all 0."""
+    logits = np.linspace(-2, 2, 64, dtype=np.float32).reshape(1, 1, 8, 8)
+    write_answers(tmp_path / 's.onnx', ['images'], logits=logits, labels=np.zeros((1, 8, 8), np.int64))
+    sample = SimpleNamespace(ori_shape=(16, 12))
+    module.Model(str(tmp_path / 's.onnx'), head)(torch.zeros(1, 3, 8, 8), sample)
+    found = sample.pred_sem_seg.data
+    assert (
+        found.shape == (1, 16, 12)
+        and abs(found.float().mean() - (2 - np.log(least / (1 - least))) / 4) < 0.1
+    )
 
 
 def test_wrong_files_are_named(tool, configs, tmp_path):

@@ -301,11 +301,9 @@ def to_program(model: nn.Module, shape: tuple[int, int]) -> bytes:
 
 def run_onnx(data: bytes) -> Callable[..., list[Tensor]]:
     """A function that runs an ONNX model in onnxruntime, on the CPU, from its inputs by name."""
-    import onnxruntime
+    from mmvig.deploy import open_session
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of optional inputs
-    session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+    session = open_session(data)
 
     def run(images: Tensor, **more: Tensor) -> list[Tensor]:
         inputs = {'images': images, **more}

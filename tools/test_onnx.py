@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, i
 
 import mmvig.compat  # noqa: F401  before what imports mmcv.ops
 
+from mmvig.deploy import open_session
 from mmvig.engine import cli
 from mmvig.engine.errors import said_in_one_line
 from mmvig.engine.options import CfgOptions, merge_options
@@ -45,17 +46,18 @@ def parse_args() -> argparse.Namespace:
 class Model:
     """A file in onnxruntime: an image as a config's data preprocessor gives it to a data sample.
 
+    Args:
+        path: the file.
+        head: a segmentor's ``decode_head`` in its config. Default: empty, for a detector.
+
     Raises:
         SetupError: The file cannot be run, or is no detector's or segmentor's.
     """
 
-    def __init__(self, path: str):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns of optional inputs
+    def __init__(self, path: str, head: dict | None = None):
+        self.head = head or {}
         try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+            self.session = open_session(path)
         except Exception as error:  # of as many types as there are ways for a file to be wrong
             raise SetupError(f'{path} cannot be run: {error}') from error
         self.names = [output.name for output in self.session.get_outputs()]
@@ -73,7 +75,12 @@ class Model:
             return
         labels = found['labels']
         if labels.shape[1:] != shape:  # as mmseg does
-            labels = F.interpolate(found['logits'], shape, mode='bilinear').argmax(1)
+            corners = self.head.get('align_corners', False)
+            logits = F.interpolate(found['logits'], shape, mode='bilinear', align_corners=corners)
+            if logits.shape[1] > 1:
+                labels = logits.argmax(1)
+            else:
+                labels = (logits[:, 0].sigmoid() > (self.head.get('threshold') or 0.3)).long()
         sample.pred_sem_seg = PixelData(data=labels)
 
 
@@ -102,7 +109,7 @@ def main() -> None:
         cfg.load_from = args.model
     with said_in_one_line(cfg):
         check_testing(cfg)
-        model = Model(args.model)
+        model = Model(args.model, cfg.model.get('decode_head'))
         print({name: float(value) for name, value in evaluate(cfg, model).items()})
 
 

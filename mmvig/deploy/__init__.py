@@ -1,3 +1,12 @@
 """What `tools/export_onnx.py` exports of detectors and segmentors, and how it compares detections."""
 
 import mmvig.compat  # noqa: F401  before mmdet, which imports mmcv.ops
+
+
+def open_session(model: bytes | str):
+    """An ONNX model, or the file that has one, in onnxruntime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of optional inputs
+    return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
