@@ -1,5 +1,7 @@
 # DINO with four scales on ViG-H-T. Start from ImageNet weights with
 #   --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE
+_base_ = ['./detector.py']
+
 ffn_cfg = dict(embed_dims=256, feedforward_channels=2048, ffn_drop=0.0)
 model = dict(
     type='DINO',
@@ -7,12 +9,7 @@ model = dict(
     with_box_refine=True,
     as_two_stage=True,
     data_preprocessor=dict(
-        type='mmvig.DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
         pad_size_divisor=32,  # DINO masks the padding; sizes that come again can be CUDA graphs
-        non_blocking=True,  # copies to the GPU do not wait for what it still computes
     ),
     backbone=dict(type='mmvig.ViGH', arch='tiny', drop_path_rate=0.2, out_indices=(1, 2, 3)),
     neck=dict(

@@ -1,19 +1,14 @@
 # Mask2Former for instances on ViG-H-T. Start from ImageNet weights with
 #   --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE
-_base_ = ['./mask2former_head.py']
+_base_ = ['./detector.py', './mask2former_head.py']
 
 num_classes = 80
 model = dict(
     type='Mask2Former',
     data_preprocessor=dict(
-        type='mmvig.DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
         pad_size_divisor=32,
         pad_mask=True,
         batch_augments=[dict(type='BatchFixedSizePad', size=(1024, 1024), pad_mask=True)],
-        non_blocking=True,  # copies to the GPU do not wait for what it still computes
     ),
     backbone=dict(type='mmvig.ViGH', arch='tiny', drop_path_rate=0.3),
     panoptic_head=dict(

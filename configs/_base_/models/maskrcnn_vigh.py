@@ -1,15 +1,12 @@
 # Mask R-CNN with FPN on ViG-H-T. Start from ImageNet weights with
 #   --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE
+_base_ = ['./detector.py']
+
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(
-        type='mmvig.DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
         pad_mask=True,
         pad_size_divisor=32,
-        non_blocking=True,  # copies to the GPU do not wait for what it still computes
     ),
     backbone=dict(type='mmvig.ViGH', arch='tiny', drop_path_rate=0.2),
     neck=dict(

@@ -1,17 +1,12 @@
 # RTMDet on ViG-H-T, with the neck and head of RTMDet-l. Norms are group norms, as mmdet has them on Swin:
 # processes share no statistics, and the neck can be a CUDA graph. Start from ImageNet weights with
 #   --cfg-options model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=FILE
+_base_ = ['./detector.py']
+
 norm_cfg = dict(type='GN', num_groups=32)
 act_cfg = dict(type='SiLU', inplace=True)
 model = dict(
     type='RTMDet',
-    data_preprocessor=dict(
-        type='mmvig.DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        non_blocking=True,  # copies to the GPU do not wait for what it still computes
-    ),
     backbone=dict(type='mmvig.ViGH', arch='tiny', drop_path_rate=0.2, out_indices=(1, 2, 3)),
     neck=dict(
         type='CSPNeXtPAFPN',

@@ -3,7 +3,13 @@
 _base_ = ['./upernet_vigh.py']
 
 model = dict(
-    neck=dict(type='FPN', in_channels=[96, 192, 384, 768], out_channels=256, num_outs=4),
+    neck=dict(
+        type='FPN',
+        in_channels=[96, 192, 384, 768],
+        out_channels=256,
+        num_outs=4,
+        conv_cfg=dict(type='mmvig.Conv2d'),
+    ),
     decode_head=dict(
         _delete_=True,
         type='FPNHead',
