@@ -14,8 +14,8 @@ class Conv2d(nn.Conv2d):
 
     For each new size of a map cuDNN plans a convolution and its gradients anew: 18 ms for a 1x1 on the host
     of an H200, and Mask R-CNN's neck and RPN have fourteen of them. A product needs no plan. It is one on a
-    GPU in half precision; in float32 cuDNN's TF32 would be faster. For configs with a ``conv_cfg``:
-    ``conv_cfg=dict(type='mmvig.Conv2d')``.
+    GPU in half precision; in float32 PyTorch lets convolutions compute in TF32, but not products. For
+    configs with a ``conv_cfg``: ``conv_cfg=dict(type='mmvig.Conv2d')``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -23,11 +23,8 @@ class Conv2d(nn.Conv2d):
         if not self._is_product(input):
             return super().forward(input)
         weight, bias = self.weight.flatten(1), self.bias
-        if not input.is_contiguous():
-            if not input.is_contiguous(memory_format=torch.channels_last):
-                input = input.contiguous()
-            else:
-                return F.linear(input.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        if not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
+            return F.linear(input.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
         weight, columns = weight.expand(len(input), -1, -1), input.flatten(2)
         y = torch.bmm(weight, columns) if bias is None else torch.baddbmm(bias[:, None], weight, columns)
         return y.unflatten(2, input.shape[2:])

@@ -122,8 +122,8 @@ class Pool:
     def __init__(self, where: tuple, device: torch.device):
         self.where = where
         self.handle = torch.cuda.graph_pool_handle()
-        # Its own: cuBLAS keeps a workspace for each stream, which captures then take from this pool. Up to
-        # PyTorch 2.11 those 64 MB stay when the pool goes, where no other pool may use them.
+        # Its own: cuBLAS keeps a workspace for each stream, which captures then take from this pool. With
+        # PyTorch 2.11 those 64 MB stay when the pool goes; a stream of another pool must not find them.
         self.stream = torch.cuda.Stream(device)
         self.size = 0  # bytes that nothing else can use
         self.node: weakref.ref | None = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmvig.cuda_graphs.capture import Graph, Pool, State, autocast_dtype, tensors_of
 from mmvig.ops.plain import PLAIN_TENSORS, has_saved_tensors_hooks, is_watched
 
-CALLS = 2  # the call with a kind of input that captures: it takes as long as two or three eager ones
+CALLS = 2  # the call with a kind of input that captures: it takes as long as one or two eager ones
 MOST_CALLS = 64  # the same after captures in vain
 WORTH = 8  # replays for which a capture was worth its time
 MOST = 64  # graphs that 'auto' holds
@@ -67,7 +67,7 @@ class CudaGraphs:
         self.counts: Counter = Counter()
         self._graphs: dict[tuple, Graph] = {}
         self._calls: Counter = Counter()  # by kind
-        self._have_run: dict[tuple, tuple] = {}  # how a pass has run with its gradients, by kind
+        self._have_run: dict[tuple, tuple] = {}  # by kind: of a pass with its gradients
         self._patience = CALLS
         self._age = 0
         self._refused: set[tuple] = set()
@@ -118,20 +118,20 @@ class CudaGraphs:
         return graph(module, call, tensors)
 
     def _note_run(self, kind: tuple, module: nn.Module, tensors: list[Tensor], outputs) -> None:
-        """Note how an eager pass has run, once gradients have gone through all of its outputs."""
+        """Note the details of an eager pass, once gradients have gone through all of its outputs."""
         if self._calls[kind] != self._patience - 1 or State.of(module) is None:  # the next may be captured
             return
-        how = _how(module, tensors)
+        details = _details_of(module, tensors)
         nodes = {y.grad_fn for y in tensors_of(outputs) if y is not None and y.requires_grad}
         have_run, left = self._have_run, set(range(len(nodes)))
         if not nodes:
-            have_run[kind] = how
+            have_run[kind] = details
 
         # It must hold no node, which holds it: memory of outputs would wait for the garbage collector.
         def note(i: int) -> None:
             left.discard(i)
             if not left:
-                have_run[kind] = how
+                have_run[kind] = details
 
         if None not in nodes:  # a leaf has none
             for i, node in enumerate(nodes):
@@ -172,7 +172,7 @@ class CudaGraphs:
             return None
         try:
             pool = pool or Pool(where, tensors[0].device)
-            has_run = self._have_run.get(kind) == _how(module, tensors)
+            has_run = self._have_run.get(kind) == _details_of(module, tensors)
             graph = Graph(module, call, inputs, tensors, state, pool, has_run)
         except RuntimeError as error:  # as where memory is short; nobody asked for graphs
             if self.limit != 'auto':
@@ -228,7 +228,7 @@ def _kind_of(module: nn.Module, tensors: list[Tensor]) -> tuple:
     )  # fmt: skip
 
 
-def _how(module: nn.Module, tensors: list[Tensor]) -> tuple:
+def _details_of(module: nn.Module, tensors: list[Tensor]) -> tuple:
     """What besides the kind decides which kernels a pass and its gradients launch."""
     return [p.requires_grad for p in module.parameters()], [x.stride() for x in tensors]
 

@@ -13,7 +13,7 @@ class GCFreezeHook(Hook):
     """After the first iteration, keeps Python's garbage collector from what there is by then.
 
     That is half a million objects, most of them of imported modules. Now and then the collector looks
-    through all objects, which stops an iteration for half a second. It still looks through those that come
+    through all objects, which took 0.7 to 1.0 s on a slow core. It still looks through those that come
     later. After the run it looks through all again; after one that has failed, from the next run on.
     """
 
