@@ -13,15 +13,20 @@ COLUMNS = 7  # of a strip; the last in a row may have fewer
 
 
 @triton.jit
-def begin(p_w, C: tl.constexpr, BC: tl.constexpr):
-    """A program's channels [1, BC], which of them exist, and the weights [1, BC] of the nine taps."""
+def channels(C: tl.constexpr, BC: tl.constexpr):
+    """A program's channels [1, BC], and which of them exist."""
     blocks: tl.constexpr = (C + BC - 1) // BC
     o_c = (tl.program_id(0) % blocks * BC + tl.arange(0, BC))[None, :]
-    m_c = o_c < C
+    return o_c, o_c < C
+
+
+@triton.jit
+def load_taps(p_w, o_c, m_c):
+    """The weights [1, BC] of the nine taps."""
     b_w = ()
     for tap in tl.static_range(9):
         b_w += (tl.load(p_w + o_c * 9 + tap, mask=m_c, other=0.0).to(tl.float32),)  # [1, BC]
-    return o_c, m_c, b_w
+    return b_w
 
 
 @triton.jit
@@ -61,13 +66,14 @@ def forward_kernel(
     BP: tl.constexpr, BC: tl.constexpr, ACT: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Make BP strips of y [B, HI, WI, C] at BC channels; ACT: of u = silu(y), KEEP: and of y."""
-    o_c, m_c, b_w = begin(p_w, C, BC)
+    o_c, m_c = channels(C, BC)
+    b_w = load_taps(p_w, o_c, m_c)
     i_tile = tl.program_id(0) // ((C + BC - 1) // BC)
     o_hi, o_wi, end, o_pc, m_p = place(i_tile, P, HI, WI, L, C, COLUMNS, BP)
     o_pc += o_c
     m_pc = m_p & m_c
     last = tl.minimum(end, HI - 1)  # that is read
-    s_hi = WI.to(tl.int64) * C
+    s_hi = tl.cast(WI, tl.int64) * C
     b_above = widen(load_row(p_x + o_pc - s_hi, m_pc & (o_hi > 0), o_wi, WI, C, COLUMNS, 1), COLUMNS + 2)
     b_here = widen(load_row(p_x + o_pc, m_pc, o_wi, WI, C, COLUMNS, 1), COLUMNS + 2)
     b_coming = ()
@@ -110,10 +116,11 @@ def backward_kernel(
 
     n is the number of shares; dw is [n, C, 9].
     """
-    o_c, m_c, b_w = begin(p_w, C, BC)
+    o_c, m_c = channels(C, BC)
+    b_w = load_taps(p_w, o_c, m_c)
     blocks: tl.constexpr = (C + BC - 1) // BC
     i_share = tl.program_id(0) // blocks
-    s_hi = WI.to(tl.int64) * C
+    s_hi = tl.cast(WI, tl.int64) * C
     b_dw = (tl.zeros([BP, BC], tl.float32),) * 9
     for i_tile in range(i_share, tl.cdiv(P, BP), tl.num_programs(0) // blocks):
         o_hi, o_wi, end, o_pc, m_p = place(i_tile, P, HI, WI, L, C, COLUMNS, BP)

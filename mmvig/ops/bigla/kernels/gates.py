@@ -1,6 +1,6 @@
 """The decay gates by Triton: see ../gates.py.
 
-The log2 decay of a token is ``log2_gate(g) * inv``.
+The log2 decay of a token is ``log2_gate(g) * inv``; a gate whose logit is infinite lets all through.
 """
 
 import triton
@@ -8,8 +8,6 @@ import triton.language as tl
 
 from mmvig.ops.arithmetic import LOG2E, sigmoid
 from mmvig.ops.bigla.kernels.arithmetic import exp2_minus_abs, log2
-
-OPEN = tl.constexpr(float('inf'))  # the logit of a gate that lets all through
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from mmvig.ops.bigla.kernels.arithmetic import (
     split,
     tf32_ready,
 )
-from mmvig.ops.bigla.kernels.gates import OPEN, log2_gate, log_gate_slope
+from mmvig.ops.bigla.kernels.gates import log2_gate, log_gate_slope
 from mmvig.ops.bigla.kernels.pairs import (
     chunk_pairs,
     decay_to_ends,
@@ -24,6 +24,7 @@ from mmvig.ops.bigla.kernels.tiles import (
     BALANCED,
     INTS,
     LEAST,
+    SPAN,
     any_strong,
     at,
     chunks_of_program,
@@ -193,7 +194,7 @@ def gradient_kernel(
         i_tg = first + j
         wanted = True
         if STRONG and not EXACT:
-            wanted = any_strong(p_sum, i_tg, 1, n_states, K, BK, 1)
+            wanted = any_strong(p_sum, i_tg, 1, n_states, K, BK, 1, SPAN)
         if wanted:
             i_b, i_h, i_bh = sequence_of(i_tg, NT, H, 1, STRONG)
             i_t = i_tg - i_bh * NT
@@ -297,12 +298,12 @@ def gradient_kernel(
             p_gf_bh = at(p_gf, i_b, i_h, s_gfb, s_gfh, UNIT)
             p_gb_bh = at(p_gb, i_b, i_h, s_gbb, s_gbh, UNIT)
             # Many mild gates lose nothing: one look at the least of all chunks is cheaper than one at each.
-            b_least = tl.full((BT, BK), OPEN, tl.float32)
+            b_least = tl.full((BT, BK), float('inf'), tl.float32)
             for i_tg in range(first, end):
                 i_t = i_tg - i_bh * NT
-                b_g = load_tile(p_gf_bh, i_t, 0, T, s_gft, OPEN, K, BT, BK, UNIT)  # [BT, BK]
+                b_g = load_tile(p_gf_bh, i_t, 0, T, s_gft, float('inf'), K, BT, BK, UNIT)  # [BT, BK]
                 b_least = tl.minimum(b_least, b_g)
-                b_g = load_tile(p_gb_bh, i_t, 0, T, s_gbt, OPEN, K, BT, BK, UNIT)  # [BT, BK]
+                b_g = load_tile(p_gb_bh, i_t, 0, T, s_gbt, float('inf'), K, BT, BK, UNIT)  # [BT, BK]
                 b_least = tl.minimum(b_least, b_g)
             if tl.min(log2_gate(b_least, MODE) * inv) < -LOST:
                 for i_tg in range(first, end):

@@ -10,6 +10,7 @@ from mmvig.ops.bigla.kernels.tiles import (
     BALANCED,
     BEFORE,
     INTS,
+    SPAN,
     any_strong,
     at,
     chunks_of_program,
@@ -101,7 +102,7 @@ def output_kernel(
         i_tg = first + j
         wanted = True
         if STRONG and not EXACT:
-            wanted = any_strong(p_sum, i_tg, 1, n_sums, K, BK, 1)
+            wanted = any_strong(p_sum, i_tg, 1, n_sums, K, BK, 1, SPAN)
         if wanted:
             i_b, i_h, i_bh = sequence_of(i_tg, NT, H, NV, STRONG)
             i_t = i_tg - i_bh * NT
@@ -158,5 +159,5 @@ def output_kernel(
                 b_o = product(b_qb, b_bwd, b_o, PAIR_MODE)  # [BT, BV]
             mild = True
             if IN_OUTPUT and not ALONE and not STRONG:
-                mild = not is_strong(b_sum_f, b_sum_b)
+                mild = not is_strong(b_sum_f, b_sum_b, SPAN)
             store_tile(p_o_bh, b_o, i_t, i_v, T, s_ot, V, BT, BV, UNIT, mild)

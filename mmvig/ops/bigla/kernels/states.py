@@ -177,7 +177,7 @@ def walk_kernel(
     i_table = tl.where(of_keys, i_z + AFTER, tl.where(i_z == 2, UP_TO, FROM))
     b_table = load_table(p_table + i_table * BT * BT, 0, BT)  # [BT, BT]
     p_sum += (i_z % 2 * n_sums + i_bh * NT) * K
-    i_state = i_z * n_states.to(tl.int64) + i_bh * NT
+    i_state = i_z * tl.cast(n_states, tl.int64) + i_bh * NT
     factor = tl.where(of_keys, 1.0, scale)
     b_state = tl.zeros((BK, BV), tl.float32)
     for i in range(NT - 1):
@@ -236,7 +236,7 @@ def scan_kernel(
     o_s = tl.arange(0, BS)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    p_state += (i_z * n_states.to(tl.int64) + i_bh * NS) * (K * V) + i_k * V
+    p_state += (i_z * tl.cast(n_states, tl.int64) + i_bh * NS) * (K * V) + i_k * V
     p_sum += ((i_z % 2) * tl.num_programs(0).to(tl.int64) + i_bh) * NT * K + i_k
     o_kv = (o_k * V)[:, None] + o_v[None, :]
     m_kv = (i_k + o_k < K)[:, None] & (o_v < V)[None, :]

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from mmvig.ops.arithmetic import INTERPRETED
 from mmvig.ops.bigla.kernels.arithmetic import split
-from mmvig.ops.bigla.kernels.gates import OPEN, log2_gate
+from mmvig.ops.bigla.kernels.gates import log2_gate
 from mmvig.ops.launch import VERSION
 
 # Largest sum of |log2 decay| over a chunk for the factored form: its factors stay within 2^(+-SPAN / 2), so
@@ -95,7 +95,7 @@ def load_tile(
     o_t = tl.arange(0, BT)[:, None]
     o_w = i_w * BW + tl.arange(0, BW)[None, :]
     s_t *= UNIT
-    p += s_t.to(tl.int64) * (i_t * BT)
+    p += tl.cast(s_t, tl.int64) * (i_t * BT)
     m_tw = i_t * BT + o_t < T
     if W % BW != 0:
         m_tw &= o_w < W
@@ -111,7 +111,7 @@ def store_tile(
     o_t = tl.arange(0, BT)[:, None]
     o_w = i_w * BW + tl.arange(0, BW)[None, :]
     s_t *= UNIT
-    p += s_t.to(tl.int64) * (i_t * BT)
+    p += tl.cast(s_t, tl.int64) * (i_t * BT)
     m_tw = (i_t * BT + o_t < T) & wanted
     if W % BW != 0:
         m_tw &= o_w < W
@@ -124,7 +124,7 @@ def load_gates(
     MODE: tl.constexpr,
 ):  # fmt: skip
     """The log2 decays [BT, BK] of a chunk's gate logits, 0 beyond the edges; and these in their dtype."""
-    b_g = load_tile(p, i_t, 0, T, s_t, OPEN, K, BT, BK, UNIT)  # [BT, BK]
+    b_g = load_tile(p, i_t, 0, T, s_t, float('inf'), K, BT, BK, UNIT)  # [BT, BK]
     b_ld = log2_gate(b_g, MODE) * inv
     return tl.maximum(b_ld, LEAST, propagate_nan=tl.PropagateNan.ALL), b_g
 
@@ -210,7 +210,7 @@ def store_row(p_sum, b_x, i, row: tl.constexpr, K: tl.constexpr, BT: tl.constexp
 
 
 @triton.jit
-def is_strong(b_sum_f, b_sum_b, most: tl.constexpr = SPAN):
+def is_strong(b_sum_f, b_sum_b, most: tl.constexpr):
     """Whether one of these sums of log2 decays, of either direction, is more than `most` binary orders."""
     return tl.min(tl.minimum(b_sum_f, b_sum_b)) < -most
 
@@ -218,7 +218,7 @@ def is_strong(b_sum_f, b_sum_b, most: tl.constexpr = SPAN):
 @triton.jit
 def any_strong(
     p_sum, i_tg, n, n_sums, K: tl.constexpr, BK: tl.constexpr, COUNT: tl.constexpr,
-    most: tl.constexpr = SPAN,
+    most: tl.constexpr,
 ):  # fmt: skip
     """Whether a channel of min(n, COUNT) chunks from i_tg on decays by more than `most` binary orders."""
     o_k = tl.arange(0, BK)[None, :]
@@ -239,7 +239,7 @@ def chunks_of_program(
         first = tl.program_id(0) * CH
         end = tl.minimum(first + CH, n_sums)
         if not EXACT:  # noqa: SIM102  the first is known when this is compiled
-            if not any_strong(p_sum, first, end - first, n_sums, K, BK, GROUP):
+            if not any_strong(p_sum, first, end - first, n_sums, K, BK, GROUP, SPAN):
                 end = first
     else:
         i_bh = tl.program_id(2) * H + tl.program_id(1) // NV
