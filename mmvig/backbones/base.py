@@ -15,7 +15,8 @@ class Backbone(BaseModule):
     """A stem, then a list of units (stages or blocks), with a norm ``norm{i}`` for each that is an output.
 
     A subclass builds ``stem``, the list that ``units`` names, up to the last output, and the norms. It ends
-    its ``__init__`` with :meth:`_freeze`. Its ``_compute`` makes the maps of checked images.
+    its ``__init__`` with :meth:`_freeze`. Its ``_compute`` makes the maps of checked images, and
+    recomputes blocks in the backward pass where ``with_cp`` is set.
 
     Args:
         num_units: units of the whole network, built or not.
@@ -65,6 +66,7 @@ class Backbone(BaseModule):
         if type(frozen_stages) is not int or not -1 <= frozen_stages <= num_built:
             raise ValueError(f'frozen_stages must be in -1..{num_built}, got {frozen_stages!r}')
         self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
         self.graphs = CudaGraphs(cuda_graphs, with_cp)
         self.first_use = FirstUse()
 
@@ -96,7 +98,15 @@ class Backbone(BaseModule):
         """The maps of images: on a GPU, kernels are compiled first, and passes may be CUDA graphs."""
         self._check(x)
         self.first_use.prepare(self, self._compute, x)
-        return self.graphs.run(self, self._compute, x)
+        return self.graphs.run(self, self._compute, x, lean=self._compute_lean)
+
+    def _compute_lean(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What ``_compute`` gives, with blocks that are recomputed in the backward pass."""
+        with_cp, self.with_cp = self.with_cp, True
+        try:
+            return self._compute(x)
+        finally:
+            self.with_cp = with_cp
 
     def train(self, mode: bool = True) -> 'Backbone':
         """Set the training mode; frozen parts stay in evaluation mode."""

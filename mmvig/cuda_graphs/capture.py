@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mmvig.ops.plain import PLAIN_TENSORS, has_global_hooks, has_hooks, has_own_forward
+from mmvig.ops.torch_private import clear_cublas_workspaces, release_pool
 
 _capturing = threading.Lock()
 _TRAINING, _REQUIRES_GRAD = operator.itemgetter('training'), operator.attrgetter('requires_grad')
@@ -105,6 +106,20 @@ class State:
 
 
 @contextlib.contextmanager
+def _own_workspace() -> Iterator[None]:
+    """Let cuBLAS take its workspace from this capture's memory, and the next one not from there.
+
+    It keeps one for each stream, which would outlive the graphs, or be lost with some that others do not
+    know of (pytorch/pytorch#193402).
+    """
+    clear_cublas_workspaces()
+    try:
+        yield
+    finally:
+        clear_cublas_workspaces()
+
+
+@contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
     """Collect no garbage meanwhile: there may be a graph in it, whose end breaks a capture."""
     was_enabled = gc.isenabled()
@@ -116,35 +131,69 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class Pool:
-    """The memory of one thread's and stream's graphs, of which one is in use at a time."""
+class Lane:
+    """What the graphs of one thread and stream share, of all modules: they run one after the other.
 
-    def __init__(self, where: tuple, device: torch.device):
-        self.where = where
-        self.handle = torch.cuda.graph_pool_handle()
-        # Its own: cuBLAS keeps a workspace for each stream, which captures then take from this pool. With
-        # PyTorch 2.11 those 64 MB stay when the pool goes; a stream of another pool must not find them.
+    Its memory is that of passes which leave nothing: backward passes, and those without gradients. Who uses
+    it holds the lock, as another thread may run the backward pass.
+    """
+
+    def __init__(self, device: torch.device):
         self.stream = torch.cuda.Stream(device)
-        self.size = 0  # bytes that nothing else can use
-        self.node: weakref.ref | None = None
+        self.handle = torch.cuda.graph_pool_handle()
+        self.lock = threading.Lock()
+
+    @classmethod
+    def of(cls, where: tuple, device: torch.device) -> 'Lane':
+        """The lane of a thread and stream, for as long as somebody holds it."""
+        lane = _lanes.get((where, device))
+        if lane is None:
+            lane = _lanes[where, device] = cls(device)
+        return lane
 
     @contextlib.contextmanager
-    def recording(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-        """Record what is launched meanwhile.
+    def recording(self, graph: torch.cuda.CUDAGraph, handle: tuple) -> Iterator[None]:
+        """Record what is launched meanwhile, in the memory of a handle.
 
         As ``torch.cuda.graph`` does, which besides waits for the GPU and gives all cached memory back: the
         passes after it then take as long again to get that.
         """
-        with torch.cuda.stream(self.stream), _no_collection():
+        with torch.cuda.stream(self.stream), _no_collection(), _own_workspace():
             # Not the mode 'global': other threads may pin memory for the next batches.
-            graph.capture_begin(self.handle, capture_error_mode='thread_local')
+            graph.capture_begin(handle, capture_error_mode='thread_local')
             try:
                 yield
+                graph.capture_end()
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # it says no more than that something has failed
-                    graph.capture_end()
+                self._abandon(graph, handle)
                 raise
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph, handle: tuple) -> None:
+        """End a capture that has failed, and undo what PyTorch then leaves half done."""
+        try:
             graph.capture_end()
+        except RuntimeError:  # it says no more than that something has failed
+            release_pool(self.stream.device, handle)
+            # The generator of random numbers refuses to draw until a capture ends well.
+            place, other = torch.empty(1, device=self.stream.device), torch.cuda.CUDAGraph()
+            other.capture_begin(capture_error_mode='thread_local')
+            place.zero_()
+            other.capture_end()
+
+
+_lanes: 'weakref.WeakValueDictionary[tuple, Lane]' = weakref.WeakValueDictionary()
+
+
+class Pool:
+    """The memory of one module's graphs in a lane, of which one is in use at a time."""
+
+    def __init__(self, where: tuple, device: torch.device):
+        self.where = where
+        self.lane = Lane.of(where, device)
+        self.handle = torch.cuda.graph_pool_handle()
+        self.size = 0  # bytes that nothing else can use, with what it has added to the lane's
+        self.node: weakref.ref | None = None
+        torch.cuda.empty_cache()  # of the eager passes, whose place its graphs take
 
     def is_needed(self) -> bool:
         """Whether a backward pass may still come that needs what the last forward pass has left."""
@@ -152,7 +201,7 @@ class Pool:
 
 
 class _Memory:
-    """A tensor's memory in a graph's pool, which holds it for as long as there is a graph.
+    """A tensor's memory in a graph's pool or lane, which holds it for as long as there is a graph.
 
     The tensor itself must go: graphs that share a pool reuse what is free when they are captured.
     """
@@ -216,7 +265,7 @@ class Graph:
         inputs: its arguments.
         tensors: the tensors in them.
         state: the module's.
-        pool: where its memory is.
+        pool: where its memory is, of backward passes and without gradients the pool's lane.
         has_run: whether the same pass has run with its gradients; else one is run first, since what a first
             pass sets up cannot be captured.
     """
@@ -276,8 +325,9 @@ class Graph:
         if free < total // 2:  # a capture cannot take what is cached
             torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved()
+        lane = self.pool.lane
         self._forward = torch.cuda.CUDAGraph()
-        with self.pool.recording(self._forward):
+        with lane.recording(self._forward, self.pool.handle if self.learns else lane.handle):
             inputs = [
                 place.requires_grad_(x.requires_grad and self.learns)
                 for place, x in zip(_places(tensors), tensors, strict=True)
@@ -297,7 +347,7 @@ class Graph:
             pairs = zip(parameters.values(), self._weights.values(), strict=True)
             # In the order of dtypes, of which each gets a buffer.
             pairs = sorted((pair for pair in pairs if pair[1].requires_grad), key=_dtype_of_leaf)
-            with self.pool.recording(self._backward):
+            with lane.recording(self._backward, lane.handle):
                 given = _places(learning_outputs)
                 wanted = [leaf for _, leaf in pairs] + learning_inputs
                 found = torch.autograd.grad(learning_outputs, wanted, given, allow_unused=True)
@@ -319,7 +369,8 @@ class Graph:
         if self.learns:
             outputs = _Replay.apply(self, module, call, len(tensors), *tensors, *self._parameters)
         else:
-            outputs = self.forward(tensors)
+            with self.pool.lane.lock:
+                outputs = self.forward(tensors)
         return rebuilt(self._outputs_nesting, iter(outputs))
 
     def forward(self, tensors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -349,12 +400,14 @@ class Graph:
         if is_last:
             self.pool.node = None
         if is_last and all(g is not None for g in given):
-            torch._foreach_copy_(self._given, given)
-            self._backward.replay()
-            of_inputs = [g if g is None else g.clone() for g in self._input_gradients]
+            with self.pool.lane.lock:
+                torch._foreach_copy_(self._given, given)
+                self._backward.replay()
+                of_inputs = [g if g is None else g.clone() for g in self._input_gradients]
+                buffers = [buffer.clone() for buffer, _ in self._buffers]  # parameters keep what they get
             of_parameters = []
-            for buffer, shapes in self._buffers:  # copies: parameters keep what they get
-                parts = buffer.clone().split([shape.numel() for shape in shapes])
+            for buffer, (_, shapes) in zip(buffers, self._buffers, strict=True):
+                parts = buffer.split([shape.numel() for shape in shapes])
                 of_parameters += [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         else:
             self.is_refused = True

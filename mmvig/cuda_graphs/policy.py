@@ -25,7 +25,8 @@ class CudaGraphs:
     A kind is shape, dtype, training mode, whether gradients are recorded and inputs get one, autocast's
     dtype, PyTorch's settings of precision, the caller's settings, and thread and stream. A kind is captured
     when it comes for the :data:`CALLS`-th time, and replayed from then on. All graphs of a thread and
-    stream share one pool of memory, as large as the largest needs. If there are as many as there may be,
+    stream share one pool of memory, as large as the largest needs, and with those of other modules what
+    their backward passes take. If there are as many as there may be,
     the one that is used least goes, once another kind comes twice as often. Where captures turn out to be
     in vain, kinds must come more often. With 'auto', all graphs go while memory is short, and there are
     none from a capture on that fails, which is logged. Any other call runs as without graphs, and so does
@@ -82,7 +83,14 @@ class CudaGraphs:
             total[outcome] += count
         return total
 
-    def run(self, module: nn.Module, call: Callable, *inputs, settings: tuple = ()):
+    def run(
+        self,
+        module: nn.Module,
+        call: Callable,
+        *inputs,
+        settings: tuple = (),
+        lean: Callable | None = None,
+    ):
         """``call(*inputs)``, replayed where that gives the same.
 
         Args:
@@ -91,6 +99,8 @@ class CudaGraphs:
                 outputs.
             inputs: its arguments.
             settings: what else ``call`` depends on, hashable. Default: nothing.
+            lean: gives the same as ``call`` in less memory, for eager passes while graphs hold theirs.
+                Default: ``call``.
         """
         # The first two in this order: torch.compile must meet nothing else.
         if not self.limit or torch.compiler.is_compiling():
@@ -110,7 +120,7 @@ class CudaGraphs:
             graph, outcome = self._capture(kind, module, call, inputs, tensors), 'capture'
         if graph is None or is_watched or graph.pool.is_needed():
             self.counts[size, 'eager'] += 1
-            outputs = call(*inputs)
+            outputs = (lean if lean and self._graphs else call)(*inputs)
             self._note_run(kind, module, tensors, outputs)
             return outputs
         self.counts[size, outcome] += 1

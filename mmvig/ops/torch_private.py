@@ -1,4 +1,4 @@
-"""What PyTorch has faster than in its public interface."""
+"""What PyTorch has faster than in its public interface, or not there at all."""
 
 import contextlib
 
@@ -24,3 +24,20 @@ def current_stream(device: torch.device) -> int:
 # (tensor, shape, strides, start after the tensor's own) -> a view that autograd does not know of.
 # Inductor's as_strided, which takes half as long.
 strided_view = torch._C._dynamo.guards._reinterpret_tensor
+
+
+def clear_cublas_workspaces() -> None:
+    """Free what cuBLAS keeps for each stream."""
+    torch._C._cuda_clearCublasWorkspaces()
+
+
+def release_pool(device: torch.device, handle: tuple) -> None:
+    """Give up the memory of a capture that has failed to end, unless PyTorch has done so.
+
+    Without it, the allocator takes the capture to go on: it never frees what another stream has used.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, handle)
+    except RuntimeError:  # it is not recording
+        return
+    torch._C._cuda_releasePool(device.index, handle)
