@@ -142,6 +142,8 @@ class Lane:
         self.stream = torch.cuda.Stream(device)
         self.handle = torch.cuda.graph_pool_handle()
         self.lock = threading.Lock()
+        with torch.cuda.device(device), _no_collection():
+            self._holder = self._record_little(self.handle)  # memory without a graph cannot be used again
 
     @classmethod
     def of(cls, where: tuple, device: torch.device) -> 'Lane':
@@ -174,11 +176,15 @@ class Lane:
             graph.capture_end()
         except RuntimeError:  # it says no more than that something has failed
             release_pool(self.stream.device, handle)
-            # The generator of random numbers refuses to draw until a capture ends well.
-            place, other = torch.empty(1, device=self.stream.device), torch.cuda.CUDAGraph()
-            other.capture_begin(capture_error_mode='thread_local')
+            self._record_little()  # the random generator refuses to draw until a capture ends well
+
+    def _record_little(self, *handle: tuple) -> torch.cuda.CUDAGraph:
+        place, graph = torch.empty(1, device=self.stream.device), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(*handle, capture_error_mode='thread_local')
             place.zero_()
-            other.capture_end()
+            graph.capture_end()
+        return graph
 
 
 _lanes: 'weakref.WeakValueDictionary[tuple, Lane]' = weakref.WeakValueDictionary()
@@ -189,11 +195,12 @@ class Pool:
 
     def __init__(self, where: tuple, device: torch.device):
         self.where = where
-        self.lane = Lane.of(where, device)
+        with _capturing:
+            self.lane = Lane.of(where, device)
+            torch.cuda.empty_cache()  # of the eager passes, whose place its graphs take
         self.handle = torch.cuda.graph_pool_handle()
         self.size = 0  # bytes that nothing else can use, with what it has added to the lane's
         self.node: weakref.ref | None = None
-        torch.cuda.empty_cache()  # of the eager passes, whose place its graphs take
 
     def is_needed(self) -> bool:
         """Whether a backward pass may still come that needs what the last forward pass has left."""
