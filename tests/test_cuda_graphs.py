@@ -269,6 +269,14 @@ def test_eager_passes_beside_graphs_are_lean(policy):
     assert not log  # there were no graphs
     policy.call(CALLS, size=2)
     assert log == [2] * (CALLS - 1)
+    for size in range(3, rules.TRIAL):
+        policy.call(1, size)
+    log.clear()
+    policy.call(1, size=rules.TRIAL)
+    assert not log  # most passes are eager
+    policy.call(2 * rules.TRIAL)
+    policy.call(1, size=rules.TRIAL + 1)
+    assert log == [rules.TRIAL + 1]
 
 
 def test_each_kind_is_captured_when_it_has_come_often_enough(policy):
@@ -945,15 +953,21 @@ def test_auto_goes_on_after_a_capture_that_fails(deterministic):
 @gpu
 def test_memory_of_a_failed_capture_is_freed():
     """And of what another stream uses, which PyTorch holds until captures end."""
-    model, start = make(cuda_graphs='auto'), reserved()
-    compute = model._compute
-    model._compute = lambda x: [compute(x), x.new_empty(2**28), x.sum().item()][0]
-    for step in range(CALLS):
-        train_step(model, images(step))
-    assert model.graphs.limit == 0
+    def fail():
+        model = make(cuda_graphs='auto')
+        compute = model._compute
+        model._compute = lambda x: [compute(x), x.new_empty(2**28), x.sum().item()][0]
+        for step in range(CALLS):
+            train_step(model, images(step))
+        assert model.graphs.limit == 0
+
+    train_step(make(), images())  # what the first pass leaves
+    start = reserved()
+    fail()
+    assert reserved() - start < 2**26
     used = torch.empty(2**28, device='cuda')
     used.record_stream(torch.cuda.Stream())
-    del model, compute, used
+    del used
     torch.cuda.synchronize()
     assert reserved() - start < 2**26
 

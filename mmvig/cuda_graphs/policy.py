@@ -17,6 +17,7 @@ MOST_CALLS = 64  # the same after captures in vain
 WORTH = 8  # replays for which a capture was worth its time
 MOST = 64  # graphs that 'auto' holds
 AGE = 4096  # passes after which earlier ones count half
+TRIAL = 64  # passes after which we ask whether graphs replay most of them
 
 
 class CudaGraphs:
@@ -99,8 +100,8 @@ class CudaGraphs:
                 outputs.
             inputs: its arguments.
             settings: what else ``call`` depends on, hashable. Default: nothing.
-            lean: gives the same as ``call`` in less memory, for eager passes while graphs hold theirs.
-                Default: ``call``.
+            lean: gives the same as ``call`` in less memory but more time, for eager passes while graphs
+                hold their memory, as long as most passes are replayed. Default: ``call``.
         """
         # The first two in this order: torch.compile must meet nothing else.
         if not self.limit or torch.compiler.is_compiling():
@@ -120,12 +121,16 @@ class CudaGraphs:
             graph, outcome = self._capture(kind, module, call, inputs, tensors), 'capture'
         if graph is None or is_watched or graph.pool.is_needed():
             self.counts[size, 'eager'] += 1
-            outputs = (lean if lean and self._graphs else call)(*inputs)
+            outputs = (lean if lean and self._is_rare() else call)(*inputs)
             self._note_run(kind, module, tensors, outputs)
             return outputs
         self.counts[size, outcome] += 1
         graph.replays += 1
         return graph(module, call, tensors)
+
+    def _is_rare(self) -> bool:
+        """Whether an eager pass is an exception, beside graphs that are replayed."""
+        return bool(self._graphs) and (self._age <= TRIAL or 2 * self.outcomes()['replay'] > self._age)
 
     def _note_run(self, kind: tuple, module: nn.Module, tensors: list[Tensor], outputs) -> None:
         """Note the details of an eager pass, once gradients have gone through all of its outputs."""
