@@ -953,6 +953,7 @@ def test_auto_goes_on_after_a_capture_that_fails(deterministic):
 @gpu
 def test_memory_of_a_failed_capture_is_freed():
     """And of what another stream uses, which PyTorch holds until captures end."""
+
     def fail():
         model = make(cuda_graphs='auto')
         compute = model._compute
