@@ -342,6 +342,13 @@ def test_kernels_fit_other_gpus(capability, tmp_path):
     assert len(shared) == 28 and max(shared) <= 1024, lines
 
 
+@pytest.mark.skipif(ON_GPU, reason='needs no GPU')
+def test_what_inductor_copies_of_kernels_is_whole(tmp_path):
+    """What it compiles into a package is the kernels' own machine code."""
+    lines = run_well(str(HERE / 'inductor_sources.py'), cwd=tmp_path).splitlines()
+    assert len(lines) == 15 and all(line.endswith(' True') for line in lines), lines
+
+
 def test_what_the_sanitizer_runs_starts_by_itself(tmp_path):
     """Without pytest, which finds modules that a script does not."""
     done = run_tool(str(HERE / 'sanitize.py'), 'nothing', cwd=tmp_path)

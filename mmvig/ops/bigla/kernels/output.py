@@ -12,6 +12,7 @@ from mmvig.ops.bigla.kernels.tiles import (
     INTS,
     SPAN,
     any_strong,
+    as_float32,
     at,
     chunks_of_program,
     is_strong,
@@ -87,6 +88,7 @@ def output_kernel(
     strong gates need is left there. STRONG: for any gates, and only chunks whose gates need it; a program
     looks through GROUP (and CH) chunks of all sequences, the grid is (groups, blocks of V).
     """
+    scale, inv = as_float32(scale, inv)
     if SAME:
         s_kb, s_kt, s_kh = s_qb, s_qt, s_qh
         s_gbb, s_gbt, s_gbh = s_gfb, s_gft, s_gfh

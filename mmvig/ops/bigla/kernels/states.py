@@ -10,6 +10,7 @@ from mmvig.ops.bigla.kernels.tiles import (
     FROM,
     INTS,
     UP_TO,
+    as_float32,
     at,
     load_gates,
     load_table,
@@ -54,6 +55,7 @@ def states_kernel(
     state 2 = sum_t (decay from the start to t * q_t) do_t^T, BACKWARD   3: from its end, backward decay
     A chunk i_c is PARTS tiles i_t of BT tokens: few registers, so many programs, with few states.
     """
+    scale, inv = as_float32(scale, inv)
     if SAME:
         s_kb, s_kt, s_kh = s_qb, s_qt, s_qh
         s_gbb, s_gbt, s_gbh = s_gfb, s_gft, s_gfh
@@ -147,6 +149,7 @@ def walk_kernel(
     p_o is do for gradients; IN_OUTPUT: it is the output, whose memory takes the states until it is written,
     and p_state has the last ones.
     """
+    scale, inv = as_float32(scale, inv)
     if SAME:
         s_kb, s_kt, s_kh = s_qb, s_qt, s_qh
         s_gbb, s_gbt, s_gbh = s_gfb, s_gft, s_gfh

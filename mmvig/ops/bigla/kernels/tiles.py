@@ -82,6 +82,12 @@ def running_sum(b_table, b_x, MODE: tl.constexpr):
 
 
 @triton.jit
+def as_float32(scale, inv):
+    """Two numbers, which Inductor passes as float64, as Triton does."""
+    return tl.cast(scale, tl.float32), tl.cast(inv, tl.float32)
+
+
+@triton.jit
 def at(p, i_b, i_h, s_b, s_h, UNIT: tl.constexpr):
     """Where head i_h of image i_b starts."""
     return p + (i_b.to(tl.int64) * s_b + i_h.to(tl.int64) * s_h) * UNIT
