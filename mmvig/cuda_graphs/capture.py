@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mmvig.ops.plain import PLAIN_TENSORS, has_global_hooks, has_hooks, has_own_forward
-from mmvig.ops.torch_private import clear_cublas_workspaces, release_pool
+from mmvig.ops.torch_private import clear_cublas_workspaces, end_allocations
 
 _capturing = threading.Lock()
 _TRAINING, _REQUIRES_GRAD = operator.itemgetter('training'), operator.attrgetter('requires_grad')
@@ -175,7 +175,7 @@ class Lane:
         try:
             graph.capture_end()
         except RuntimeError:  # it says no more than that something has failed
-            release_pool(self.stream.device, handle)
+            end_allocations(self.stream.device, handle)
             self._record_little()  # the random generator refuses to draw until a capture ends well
 
     def _record_little(self, *handle: tuple) -> torch.cuda.CUDAGraph:

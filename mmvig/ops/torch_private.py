@@ -31,13 +31,10 @@ def clear_cublas_workspaces() -> None:
     torch._C._cuda_clearCublasWorkspaces()
 
 
-def release_pool(device: torch.device, handle: tuple) -> None:
-    """Give up the memory of a capture that has failed to end, unless PyTorch has done so.
+def end_allocations(device: torch.device, handle: tuple) -> None:
+    """Tell the allocator that a capture which has failed to end is over, unless PyTorch has done so.
 
-    Without it, the allocator takes the capture to go on: it never frees what another stream has used.
+    Until then, it never frees what another stream has used.
     """
-    try:
+    with contextlib.suppress(RuntimeError):  # it says that it is not recording
         torch._C._cuda_endAllocateToPool(device.index, handle)
-    except RuntimeError:  # it is not recording
-        return
-    torch._C._cuda_releasePool(device.index, handle)
