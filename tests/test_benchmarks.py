@@ -354,11 +354,13 @@ def small(tmp_path_factory):
 
 
 def test_the_job(small, tmp_path):
-    """One model, in a process of its own."""
+    """A model of each config, in processes of their own."""
     options = ['--peers', '--amp', 'none', '--warm-up', 1, '--iterations', 4, '--turn', 2, '--skip', 1]
-    said = run_well('benchmark/training.py', str(small[0]), *options, cwd=tmp_path)
+    said = run_well('benchmark/training.py', *map(str, small), *options, cwd=tmp_path)
     out = tmp_path / 'work_dirs/benchmark'
-    (row,) = json.loads((out / 'training.json').read_text())['rows']
+    row, other = json.loads((out / 'training.json').read_text())['rows']
+    assert [row['name'], other['name']] == [Path(path).stem for path in small]
+    assert other['status'] == 'ok' and other['pixels'] > 0
     assert row['status'] == 'ok' and row['iterations'] == 4 and (out / 'training.png').exists()
     assert row['mean'] == pytest.approx(sum(row['parts'].values()))
     assert_positive(

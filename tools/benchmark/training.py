@@ -2,13 +2,14 @@
 
     python tools/benchmark/training.py configs/detection/maskrcnn_vigh_s.py --data-root data/coco/
     python tools/benchmark/training.py CONFIG --peers swin convnext --inference
+    python tools/benchmark/training.py CONFIG OTHER_CONFIG --peers
     torchrun --nproc-per-node 2 tools/benchmark/training.py CONFIG --launcher pytorch
 
 Each model has a process of its own. After a warm-up side by side they take turns: one runs ``--turn``
 iterations while the others wait, so that all meet the same moods of the host. A turn's first ``--skip``
 iterations are not timed, since its data were loaded while the process waited.
 
-A peer runs twice: ``(own loop)`` trains as the configs of mmdet and mmseg do it (AdamW in one group a
+Peers are those of the first config, and run twice: ``(own loop)`` trains as the configs of mmdet and mmseg do it (AdamW in one group a
 parameter, float16 with a loss scaler, bitmaps as masks, two workers), the other with everything that this
 project's configs do. Models start from random weights; stochastic depth and data are the config's.
 
@@ -16,8 +17,8 @@ Columns, in ms: an iteration's mean, median and 90th percentile; what of the mea
 host time in preprocessing, backbone, neck, heads, backward pass, optimiser step and the rest (hooks,
 logging). A part that waits for the GPU includes its waiting. ``gpu`` is how long the GPU is busy in an
 iteration, from PyTorch's profiler, in iterations that are not timed. Memory is PyTorch's peak over all.
-``first`` is the seconds from the process's start to the end of the first iteration, ``replayed`` the share
-of the backbone's timed passes that were CUDA graphs.
+``first`` is the seconds from the process's start to the end of the first iteration, ``Mpixel`` the mean size
+of a batch's images, ``replayed`` the share of the backbone's timed passes that were CUDA graphs.
 
 Writes training.json, which has the parts' medians too, and training.png, also of what has been timed when
 it is interrupted (Ctrl-C, SIGTERM).
@@ -25,6 +26,7 @@ it is interrupted (Ctrl-C, SIGTERM).
 
 import argparse
 import copy
+import math
 import multiprocessing
 import os
 import signal
@@ -471,6 +473,7 @@ def summarise(rows: list[dict], facts: dict, passes: Counter | None, sizes: Coun
         'allocated': facts.get('allocated'),
         'reserved': facts.get('reserved'),
         'first': facts['first'],
+        'pixels': sum(math.prod(size) * n for size, n in sizes.items()) / max(sizes.total(), 1),
         'sizes': {f'{height}x{width}': count for (height, width), count in sizes.most_common()},
         'replayed': replayed,
     }
@@ -481,7 +484,7 @@ def show(rows: list[dict]) -> None:
     names = ('mean', 'median', 'p90', *PARTS, 'gpu')
     width = max(len(row['name']) for row in rows)
     heads = ' '.join(f'{name[:8]:>8}' for name in names)
-    print(' ' * width, heads, '   allocated    reserved  first sizes replayed')
+    print(' ' * width, heads, '   allocated    reserved  first sizes Mpixel replayed')
     for row in rows:
         if row['status'] != 'ok':
             print(f'{row["name"]:{width}} {row["status"]}: {row["reason"]}')
@@ -491,7 +494,8 @@ def show(rows: list[dict]) -> None:
         for memory in (row['allocated'], row['reserved']):
             cells.append(megabytes(memory) if memory else f'{"-":>10}')
         replayed = '-' if row['replayed'] is None else f'{row["replayed"]:.0%}'
-        print(f'{row["name"]:{width}}', *cells, f'{row["first"]:6.1f}', f'{len(row["sizes"]):5}', replayed)
+        cells += [f'{row["first"]:6.1f}', f'{len(row["sizes"]):5}', f'{row["pixels"] / 1e6:6.2f}', replayed]
+        print(f'{row["name"]:{width}}', *cells)
     ours = rows[0]
     for row in rows[1:]:
         if ours['status'] == row['status'] == 'ok':
@@ -531,7 +535,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='config file of a detector or segmentor with a ViG-H')
+    parser.add_argument(
+        'configs', nargs='+', metavar='CONFIG', help='config file of a detector or segmentor with a ViG-H'
+    )
     parser.add_argument('--peers', nargs='*', choices=PEERS, default=['swin', 'convnext'])
     parser.add_argument('--loops', choices=['both', 'own', 'ours'], default='both', help="peers' loops")
     parser.add_argument('--data-root', help="the data set's folder; default: the config's")
@@ -558,14 +564,19 @@ def read_models(args: argparse.Namespace, folder: str) -> list[tuple[str, Config
     """
     if min(args.iterations, args.turn, args.warm_up) < 1 or args.skip < 0:
         raise SetupError('--iterations, --turn and --warm-up must be at least 1, --skip at least 0')
+    if args.launcher != 'none' and len(args.configs) > 1:
+        raise SetupError('with --launcher, one config runs, alone: name one')
     check_writable('--out', args.out, folder=True)
     if args.data_root:
         args.cfg_options = {'data_root': args.data_root.rstrip('/') + '/', **args.cfg_options}
-    cfg = cli.load_config(args)
-    if cfg.get('default_scope') not in ('mmdet', 'mmseg'):
-        raise SetupError(f'{args.config} is no config of a detector (mmdet) or segmentor (mmseg)')
-    check_training(cfg)
-    models = [(f'{Path(args.config).stem}', cfg)]
+    models = []
+    for args.config in args.configs:
+        cfg = cli.load_config(args)
+        if cfg.get('default_scope') not in ('mmdet', 'mmseg'):
+            raise SetupError(f'{args.config} is no config of a detector (mmdet) or segmentor (mmseg)')
+        check_training(cfg)
+        models.append((Path(args.config).stem, cfg))
+    cfg = models[0][1]
     for peer in args.peers:
         other = with_peer(cfg, peer)
         if args.loops != 'ours':
