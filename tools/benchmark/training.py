@@ -9,16 +9,17 @@ Each model has a process of its own. After a warm-up side by side they take turn
 iterations while the others wait, so that all meet the same moods of the host. A turn's first ``--skip``
 iterations are not timed, since its data were loaded while the process waited.
 
-Peers are those of the first config, and run twice: ``(own loop)`` trains as the configs of mmdet and mmseg do it (AdamW in one group a
-parameter, float16 with a loss scaler, bitmaps as masks, two workers), the other with everything that this
-project's configs do. Models start from random weights; stochastic depth and data are the config's.
+Peers are those of the first config. Each runs twice: ``(own loop)`` trains as the configs of mmdet and mmseg
+do it (AdamW in one group a parameter, float16 with a loss scaler, bitmaps as masks, two workers), the other
+with everything that this project's configs do. Models start from random weights; stochastic depth and data
+are the config's.
 
 Columns, in ms: an iteration's mean, median and 90th percentile; what of the mean is waiting for data, and
 host time in preprocessing, backbone, neck, heads, backward pass, optimiser step and the rest (hooks,
 logging). A part that waits for the GPU includes its waiting. ``gpu`` is how long the GPU is busy in an
 iteration, from PyTorch's profiler, in iterations that are not timed. Memory is PyTorch's peak over all.
-``first`` is the seconds from the process's start to the end of the first iteration, ``Mpixel`` the mean size
-of a batch's images, ``replayed`` the share of the backbone's timed passes that were CUDA graphs.
+``first`` is the seconds from the process's start to the end of the first iteration, ``Mpixel`` the mean
+size of a batch's images, ``replayed`` the share of the backbone's timed passes that were CUDA graphs.
 
 Writes training.json, which has the parts' medians too, and training.png, also of what has been timed when
 it is interrupted (Ctrl-C, SIGTERM).
@@ -570,12 +571,13 @@ def read_models(args: argparse.Namespace, folder: str) -> list[tuple[str, Config
     if args.data_root:
         args.cfg_options = {'data_root': args.data_root.rstrip('/') + '/', **args.cfg_options}
     models = []
-    for args.config in args.configs:
+    for path in args.configs:
+        args.config = path
         cfg = cli.load_config(args)
         if cfg.get('default_scope') not in ('mmdet', 'mmseg'):
-            raise SetupError(f'{args.config} is no config of a detector (mmdet) or segmentor (mmseg)')
+            raise SetupError(f'{path} is no config of a detector (mmdet) or segmentor (mmseg)')
         check_training(cfg)
-        models.append((Path(args.config).stem, cfg))
+        models.append((Path(path).stem, cfg))
     cfg = models[0][1]
     for peer in args.peers:
         other = with_peer(cfg, peer)
