@@ -9,10 +9,10 @@ Each model has a process of its own. After a warm-up side by side they take turn
 iterations while the others wait, so that all meet the same moods of the host. A turn's first ``--skip``
 iterations are not timed, since its data were loaded while the process waited.
 
-Peers are those of the first config. Each runs twice: ``(own loop)`` trains as the configs of mmdet and mmseg
-do it (AdamW in one group a parameter, float16 with a loss scaler, bitmaps as masks, two workers), the other
-with everything that this project's configs do. Models start from random weights; stochastic depth and data
-are the config's.
+Peers are those of the first config. Each runs twice: ``(own loop)`` trains as mmdet's and mmseg's configs
+do (AdamW in one group a parameter, float16 with a loss scaler, bitmaps as masks, two workers), the other
+with everything that this project's configs do. Models start from random weights;
+stochastic depth and data are the config's.
 
 Columns, in ms: an iteration's mean, median and 90th percentile; what of the mean is waiting for data, and
 host time in preprocessing, backbone, neck, heads, backward pass, optimiser step and the rest (hooks,
