@@ -277,6 +277,9 @@ def test_eager_passes_beside_graphs_are_lean(policy):
     policy.call(2 * rules.TRIAL)
     policy.call(1, size=rules.TRIAL + 1)
     assert log == [rules.TRIAL + 1]
+    policy.model.inner.register_forward_hook(lambda *_: None)
+    policy.call(1, size=rules.TRIAL + 2)
+    assert log == [rules.TRIAL + 1]  # a hook would be called twice
 
 
 def test_each_kind_is_captured_when_it_has_come_often_enough(policy):

@@ -42,6 +42,12 @@ def autocast_dtype() -> torch.dtype | None:
     return torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
 
 
+def is_observed(module: nn.Module) -> bool:
+    """Whether a submodule does more than its class: it has hooks, or a ``forward`` of its own."""
+    inner = list(module.modules())[1:]
+    return has_global_hooks() or any(has_hooks(each) or has_own_forward(each) for each in inner)
+
+
 class State:
     """What a graph holds of a module: its submodules, and where parameters and buffers are."""
 
@@ -76,8 +82,7 @@ class State:
         None if a replay would miss something: hooks of submodules or a ``forward`` of their own, subclasses
         of Tensor, or parameters that are elsewhere, as FSDP's.
         """
-        inner = list(module.modules())[1:]
-        if has_global_hooks() or any(has_hooks(each) or has_own_forward(each) for each in inner):
+        if is_observed(module):
             return None
         state = cls(module)
         if not state.tensors or not all(type(x) in PLAIN_TENSORS for x in state.tensors):

@@ -9,7 +9,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmvig.cuda_graphs.capture import Graph, Pool, State, autocast_dtype, tensors_of
+from mmvig.cuda_graphs.capture import Graph, Pool, State, autocast_dtype, is_observed, tensors_of
 from mmvig.ops.plain import PLAIN_TENSORS, has_saved_tensors_hooks, is_watched
 
 CALLS = 2  # the call with a kind of input that captures: it takes as long as one or two eager ones
@@ -101,7 +101,8 @@ class CudaGraphs:
             inputs: its arguments.
             settings: what else ``call`` depends on, hashable. Default: nothing.
             lean: gives the same as ``call`` in less memory but more time, for eager passes while graphs
-                hold their memory, as long as most passes are replayed. Default: ``call``.
+                hold their memory, as long as most passes are replayed and no submodule is hooked. Default:
+                ``call``.
         """
         # The first two in this order: torch.compile must meet nothing else.
         if not self.limit or torch.compiler.is_compiling():
@@ -121,7 +122,8 @@ class CudaGraphs:
             graph, outcome = self._capture(kind, module, call, inputs, tensors), 'capture'
         if graph is None or is_watched or graph.pool.is_needed():
             self.counts[size, 'eager'] += 1
-            outputs = (lean if lean and self._is_rare() else call)(*inputs)
+            may_repeat = lean is not None and self._is_rare() and not is_observed(module)
+            outputs = (lean if may_repeat else call)(*inputs)
             self._note_run(kind, module, tensors, outputs)
             return outputs
         self.counts[size, outcome] += 1
