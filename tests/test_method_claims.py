@@ -1,6 +1,7 @@
 """The tools that measure the method's claims: what the steps compute, and that both tools run, on a CPU."""
 
 import json
+import multiprocessing
 import re
 import sys
 from pathlib import Path
@@ -295,7 +296,9 @@ RUN = ['--data', 'data', '--size', '16', '--epochs', '3', '--batch', '6', '--see
 
 def run(tool, monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, 'argv', ['tool', *map(str, arguments)])
+    start_method = multiprocessing.get_start_method()
     tool.main()
+    assert multiprocessing.get_start_method() == start_method  # tests after this one have workers
     return capsys.readouterr().out
 
 

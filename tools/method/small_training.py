@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout, installed or not
@@ -312,7 +312,8 @@ def train(job: Job) -> None:
             'sampler_seed': None,
             'logger': {'type': 'LoggerHook', 'interval': 20},
         },
-        env_cfg={'cudnn_benchmark': True, 'mp_cfg': {'mp_start_method': 'spawn'}},
+        # As it is: mmengine would set it for all that comes later in this process.
+        env_cfg={'cudnn_benchmark': True, 'mp_cfg': {'mp_start_method': get_start_method()}},
         randomness={'seed': job.seed},
         log_level='WARNING',
         default_scope='mmpretrain',
