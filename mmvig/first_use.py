@@ -19,22 +19,16 @@ from mmvig.ops.backend import why_not_triton
 from mmvig.ops.persistent import is_capturing
 from mmvig.ops.plain import (
     PLAIN_TENSORS,
-    has_global_hooks,
-    has_hooks,
-    has_own_forward,
     has_saved_tensors_hooks,
+    is_known,
     is_watched,
+    leaves_no_trace,
 )
 
 if os.name == 'posix':
     import fcntl
 
 PATIENCE = 2.0  # seconds of compiling or waiting from which on we say so
-# A second call of other modules may be seen: they may count, communicate, or print.
-_KNOWN = (
-    'mmvig.',
-    *(f'torch.nn.modules.{name}' for name in ('container', 'conv', 'linear', 'normalization')),
-)
 _one_by_one = threading.Lock()
 
 
@@ -84,11 +78,10 @@ def _is_unseen(module: nn.Module, call: Callable, x: Tensor) -> bool:
         and any(getattr(each, 'backend', None) in ('auto', 'triton') for each in inner)
         and bool(parameters)
         and getattr(call, '__self__', None) is module  # nobody has put another in its place
-        and not any(True for _ in module.buffers())
         and all(type(p) in PLAIN_TENSORS and not p._backward_hooks for p in parameters)
-        and all(type(each).__module__.startswith(_KNOWN) for each in (module, *inner))
-        and not any(has_hooks(each) or has_own_forward(each) for each in inner)
-        and not (has_global_hooks() or is_watched() or is_capturing(x.device))
+        and is_known(module)
+        and leaves_no_trace(module)
+        and not (is_watched() or is_capturing(x.device))
         # There, this thread may compute the outer pass's gradients while it waits for those of this one.
         and torch._C._current_graph_task_id() == -1
         and not has_saved_tensors_hooks()

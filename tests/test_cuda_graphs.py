@@ -204,7 +204,7 @@ class FakeGraph:
 
 class FakePool:
     def __init__(self, where, device):
-        self.where, self.size, self.needed = where, 1, False
+        self.where, self.device, self.size, self.needed = where, device, 1, False
 
     def is_needed(self):
         return self.needed
@@ -277,9 +277,64 @@ def test_eager_passes_beside_graphs_are_lean(policy):
     policy.call(2 * rules.TRIAL)
     policy.call(1, size=rules.TRIAL + 1)
     assert log == [rules.TRIAL + 1]
-    policy.model.inner.register_forward_hook(lambda *_: None)
+    policy.model.inner.register_buffer('seen', torch.zeros(1))
     policy.call(1, size=rules.TRIAL + 2)
-    assert log == [rules.TRIAL + 1]  # a hook would be called twice
+    del policy.model.inner.seen
+    policy.model.inner.register_forward_hook(lambda *_: None)
+    policy.call(1, size=rules.TRIAL + 3)
+    assert log == [rules.TRIAL + 1]  # statistics would be taken, and a hook be called, twice
+
+
+@every_family
+def test_other_threads_do_not_meet_a_lean_pass(family, monkeypatch):
+    model, x = make(family, device='cpu'), images(device='cpu')
+    plain, recomputed = make(family, device='cpu'), []
+
+    def checkpoint(block, *args, **_):
+        recomputed.append(threading.get_ident())
+        if len(recomputed) == 1:  # in the middle of the lean pass
+            thread = threading.Thread(target=model, args=(x,))
+            thread.start()
+            thread.join()
+        return block(*args)
+
+    monkeypatch.setattr('mmvig.backbones.block.checkpoint', checkpoint)
+    assert_same(model._compute_lean(x), plain(x))
+    blocks = len(recomputed)
+    assert set(recomputed) == {threading.get_ident()} and blocks > 1
+    model(x)
+    assert len(recomputed) == blocks
+
+
+def test_a_lean_passs_gradients_are_the_same():
+    (model, plain), x = (make(device='cpu', drop_path_rate=0.5) for _ in range(2)), images(device='cpu')
+    torch.manual_seed(1)
+    loss_of(model._compute_lean(x)).backward()
+    torch.manual_seed(1)
+    loss_of(plain(x)).backward()
+    assert_same(gradients(model), gradients(plain))
+
+
+def test_a_pool_is_of_one_device(policy):
+    for size in (1, 2):
+        policy.call(CALLS + WORTH, size)
+    policy.model.to('meta')
+    for _ in range(CALLS):
+        policy.graphs.run(policy.model, lambda x: (x,), torch.zeros(1, device='meta'))
+    devices = {graph.pool.device.type for graph in policy.graphs._graphs.values()}
+    assert devices == {'cpu', 'meta'}  # the other size's graph is there until it comes again
+
+
+def test_memory_is_needed_until_the_backward_pass_is_launched():
+    node, seen = type('Node', (), {'versions': []})(), []
+    graph = object.__new__(capture.Graph)
+    graph.pool = object.__new__(capture.Pool)
+    graph.pool.node, graph.pool.lane = weakref.ref(node), SimpleNamespace(lock=threading.Lock())
+    graph._backward = SimpleNamespace(replay=lambda: seen.append(graph.pool.is_needed()))
+    graph._weights, graph._buffers, graph._input_gradients, graph._learning_inputs = {}, [], [], []
+    graph._is_learning, graph._given = [True], [torch.zeros(1)]
+    graph.backward(node, (torch.ones(1),))
+    assert seen == [True] and not graph.pool.is_needed()
 
 
 def test_each_kind_is_captured_when_it_has_come_often_enough(policy):

@@ -7,6 +7,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor
 
 from mmvig import checkpoints
+from mmvig.backbones.block import recomputing
 from mmvig.cuda_graphs import CudaGraphs
 from mmvig.first_use import FirstUse
 
@@ -102,11 +103,8 @@ class Backbone(BaseModule):
 
     def _compute_lean(self, x: Tensor) -> tuple[Tensor, ...]:
         """What ``_compute`` gives, with blocks that are recomputed in the backward pass."""
-        with_cp, self.with_cp = self.with_cp, True
-        try:
+        with recomputing():
             return self._compute(x)
-        finally:
-            self.with_cp = with_cp
 
     def train(self, mode: bool = True) -> 'Backbone':
         """Set the training mode; frozen parts stay in evaluation mode."""

@@ -1,6 +1,8 @@
 """The block that both families repeat: token mixer and channel mixer with their residual connections."""
 
-from collections.abc import Callable, Iterable
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -146,8 +148,24 @@ class Block(nn.Module):
         )  # fmt: skip
 
 
+_forced = threading.local()  # not a module's attribute: another thread may run, or capture, the same one
+
+
+@contextlib.contextmanager
+def recomputing() -> Iterator[None]:
+    """Let this thread's passes recompute their blocks, whatever ``with_cp`` is."""
+    _forced.recompute = True
+    try:
+        yield
+    finally:
+        _forced.recompute = False
+
+
 def run_block(block: Block, residual: Residual, factors: Factors, with_cp: bool) -> Residual:
     """The residual stream after a block, which ``with_cp`` is computed again in the backward pass."""
+    # No compiler meets the thread's own: a compiled backbone runs without graphs, so nothing beside them.
+    if not with_cp and not torch.compiler.is_compiling():
+        with_cp = getattr(_forced, 'recompute', False)
     if with_cp and torch.is_grad_enabled():
         return checkpoint(block, residual, factors, use_reentrant=False)
     return block(residual, factors)

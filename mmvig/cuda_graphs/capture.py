@@ -199,7 +199,7 @@ class Pool:
     """The memory of one module's graphs in a lane, of which one is in use at a time."""
 
     def __init__(self, where: tuple, device: torch.device):
-        self.where = where
+        self.where, self.device = where, device
         with _capturing:
             self.lane = Lane.of(where, device)
             torch.cuda.empty_cache()  # of the eager passes, whose place its graphs take
@@ -409,23 +409,29 @@ class Graph:
             raise RuntimeError('weights have been changed in place between a forward and its backward pass')
         given = [g for g, learning in zip(given, self._is_learning, strict=True) if learning]
         is_last = self.pool.node is not None and self.pool.node() is node
-        if is_last:
-            self.pool.node = None
-        if is_last and all(g is not None for g in given):
-            with self.pool.lane.lock:
-                torch._foreach_copy_(self._given, given)
-                self._backward.replay()
-                of_inputs = [g if g is None else g.clone() for g in self._input_gradients]
-                buffers = [buffer.clone() for buffer, _ in self._buffers]  # parameters keep what they get
-            of_parameters = []
-            for buffer, (_, shapes) in zip(buffers, self._buffers, strict=True):
-                parts = buffer.split([shape.numel() for shape in shapes])
-                of_parameters += [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-        else:
-            self.is_refused = True
-            of_inputs, of_parameters = self._recompute(node, given)
+        try:
+            if is_last and all(g is not None for g in given):
+                of_inputs, of_parameters = self._replay_backward(given)
+            else:
+                self.is_refused = True
+                of_inputs, of_parameters = self._recompute(node, given)
+        finally:
+            if is_last:  # not before: another thread's forward pass then takes the memory
+                self.pool.node = None
         rest = iter(of_inputs)
         return *(next(rest) if learning else None for learning in self._learning_inputs), *of_parameters
+
+    def _replay_backward(self, given: list[Tensor]) -> tuple[list[Tensor | None], list[Tensor]]:
+        with self.pool.lane.lock:
+            torch._foreach_copy_(self._given, given)
+            self._backward.replay()
+            of_inputs = [g if g is None else g.clone() for g in self._input_gradients]
+            buffers = [buffer.clone() for buffer, _ in self._buffers]  # parameters keep what they get
+        of_parameters = []
+        for buffer, (_, shapes) in zip(buffers, self._buffers, strict=True):
+            parts = buffer.split([shape.numel() for shape in shapes])
+            of_parameters += [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return of_inputs, of_parameters
 
     def _recompute(
         self, node: torch.autograd.function.FunctionCtx, given: list[Tensor | None]

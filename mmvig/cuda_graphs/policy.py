@@ -9,8 +9,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmvig.cuda_graphs.capture import Graph, Pool, State, autocast_dtype, is_observed, tensors_of
-from mmvig.ops.plain import PLAIN_TENSORS, has_saved_tensors_hooks, is_watched
+from mmvig.cuda_graphs.capture import Graph, Pool, State, autocast_dtype, tensors_of
+from mmvig.ops.plain import PLAIN_TENSORS, has_saved_tensors_hooks, is_watched, leaves_no_trace
 
 CALLS = 2  # the call with a kind of input that captures: it takes as long as one or two eager ones
 MOST_CALLS = 64  # the same after captures in vain
@@ -101,8 +101,8 @@ class CudaGraphs:
             inputs: its arguments.
             settings: what else ``call`` depends on, hashable. Default: nothing.
             lean: gives the same as ``call`` in less memory but more time, for eager passes while graphs
-                hold their memory, as long as most passes are replayed and no submodule is hooked. Default:
-                ``call``.
+                hold their memory: the first :data:`TRIAL` passes, and then as long as most have been
+                replayed. It may call submodules twice, so not where that could be seen. Default: ``call``.
         """
         # The first two in this order: torch.compile must meet nothing else.
         if not self.limit or torch.compiler.is_compiling():
@@ -122,7 +122,7 @@ class CudaGraphs:
             graph, outcome = self._capture(kind, module, call, inputs, tensors), 'capture'
         if graph is None or is_watched or graph.pool.is_needed():
             self.counts[size, 'eager'] += 1
-            may_repeat = lean is not None and self._is_rare() and not is_observed(module)
+            may_repeat = lean is not None and self._is_rare() and leaves_no_trace(module)
             outputs = (lean if may_repeat else call)(*inputs)
             self._note_run(kind, module, tensors, outputs)
             return outputs
@@ -172,8 +172,8 @@ class CudaGraphs:
             return None
         if self._calls[kind] < self._patience or kind in self._refused:
             return None
-        where = kind[0]
-        pool = next((pool for pool in self._pools() if pool.where == where), None)
+        where, device = kind[0], tensors[0].device
+        pool = self._pool(where, device)
         if pool is not None and pool.is_needed():
             return None
         if len(self._graphs) >= (MOST if self.limit == 'auto' else self.limit):
@@ -183,12 +183,12 @@ class CudaGraphs:
             calls = self._calls[least]
             self._drop(least)
             self._calls[least] = calls
-            pool = next((pool for pool in self._pools() if pool.where == where), None)
+            pool = self._pool(where, device)
         state = State.of(module)
         if state is None:
             return None
         try:
-            pool = pool or Pool(where, tensors[0].device)
+            pool = pool or Pool(where, device)
             has_run = self._have_run.get(kind) == _details_of(module, tensors)
             graph = Graph(module, call, inputs, tensors, state, pool, has_run)
         except RuntimeError as error:  # as where memory is short; nobody asked for graphs
@@ -210,6 +210,10 @@ class CudaGraphs:
         self._patience = CALLS if graph.replays >= WORTH else min(2 * self._patience, MOST_CALLS)
         if graph.is_refused:
             self._refused.add(kind)
+
+    def _pool(self, where: tuple, device: torch.device) -> 'Pool | None':
+        """The pool for a thread and stream; one of another device, where the module was, is another."""
+        return next((x for x in self._pools() if (x.where, x.device) == (where, device)), None)
 
     def _pools(self) -> set['Pool']:
         return {graph.pool for graph in self._graphs.values()}

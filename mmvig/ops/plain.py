@@ -4,6 +4,11 @@ import torch
 from torch import Tensor, nn
 
 PLAIN_TENSORS = frozenset((Tensor, nn.Parameter))
+# A second call of other modules may be seen: they may count, communicate, or print.
+_KNOWN = (
+    'mmvig.',
+    *(f'torch.nn.modules.{name}' for name in ('container', 'conv', 'linear', 'normalization')),
+)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -43,6 +48,25 @@ def is_plain(module: nn.Module, kind: type) -> bool:
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a module's ``forward`` has been set in the instance, in place of its type's."""
     return 'forward' in module.__dict__
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module's class is ours, or one of PyTorch's that does no more than compute."""
+    return type(module).__module__.startswith(_KNOWN)
+
+
+def leaves_no_trace(module: nn.Module) -> bool:
+    """Whether a module's submodules can be called once more, unseen: ours or PyTorch's, and no more.
+
+    Not so with hooks, a ``forward`` of the instance, or buffers, which a call may change.
+    """
+    inner = list(module.modules())[1:]
+    return (
+        not any(True for _ in module.buffers())
+        and all(map(is_known, inner))
+        and not any(has_hooks(each) or has_own_forward(each) for each in inner)
+        and not has_global_hooks()
+    )
 
 
 def is_watched() -> bool:
