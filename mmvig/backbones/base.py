@@ -16,8 +16,7 @@ class Backbone(BaseModule):
     """A stem, then a list of units (stages or blocks), with a norm ``norm{i}`` for each that is an output.
 
     A subclass builds ``stem``, the list that ``units`` names, up to the last output, and the norms. It ends
-    its ``__init__`` with :meth:`_freeze`. Its ``_compute`` makes the maps of checked images, and
-    recomputes blocks in the backward pass where ``with_cp`` is set.
+    its ``__init__`` with :meth:`_freeze`. Its ``_compute`` makes the maps of checked images.
 
     Args:
         num_units: units of the whole network, built or not.
@@ -67,7 +66,6 @@ class Backbone(BaseModule):
         if type(frozen_stages) is not int or not -1 <= frozen_stages <= num_built:
             raise ValueError(f'frozen_stages must be in -1..{num_built}, got {frozen_stages!r}')
         self.frozen_stages = frozen_stages
-        self.with_cp = with_cp
         self.graphs = CudaGraphs(cuda_graphs, with_cp)
         self.first_use = FirstUse()
 

@@ -123,6 +123,7 @@ class ViG(Backbone):
         self.depths = (depth,)
         self.backend = fused_backend(backend)
         self.num_features = [channels]
+        self.with_cp = with_cp
 
         self.stem = Stem(in_channels, channels, backend)
         self.pos_embed = nn.Parameter(torch.empty(1, tokens_along(img_size) ** 2, channels))

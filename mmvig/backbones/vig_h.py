@@ -57,6 +57,7 @@ class Stage(nn.Module):
         num_heads: int,
         drop_paths: Sequence[float],
         downsample: bool,
+        with_cp: bool,
         backend: str,
     ):
         super().__init__()
@@ -71,21 +72,19 @@ class Stage(nn.Module):
             for drop_path in drop_paths
         )
         self.downsample = ConvNorm(channels, 2 * channels, backend) if downsample else None
+        self.with_cp = with_cp
         self.backend = fused_backend(backend)
 
-    def forward(
-        self, x: Tensor, norm: nn.Module | None = None, with_cp: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """[B, H, W, C] -> the next stage's input, this one's result, and the map [B, C, H, W] of its norm.
 
         ``norm``, the backbone's output norm, is computed here, in one pass with the last sum. The backbone
-        does not hand over one that must be called; it calls that itself, where counters look for it. Blocks
-        are recomputed in the backward pass ``with_cp``.
+        does not hand over one that must be called; it calls that itself, where counters look for it.
         """
         residual = Residual(x)
         factors = draw_factors((block.drop_path for block in self.blocks), x)
         for block, of_block in zip(self.blocks, factors, strict=True):
-            residual = run_block(block, residual, of_block, with_cp)
+            residual = run_block(block, residual, of_block, self.with_cp)
         if norm is not None:
             x, y = add_and_normalise(norm, residual, self.backend, as_map=True)
         else:
@@ -177,6 +176,7 @@ class ViGH(Backbone):
                     num_heads[i],
                     drop_paths[first : first + depths[i]],
                     downsample=i + 1 < num_stages,
+                    with_cp=with_cp,
                     backend=backend,
                 )
             )
@@ -210,7 +210,7 @@ class ViGH(Backbone):
         for i, stage in enumerate(self.stages):
             norm = getattr(self, f'norm{i}', None)
             is_plain = norm is not None and is_plain_norm(norm, self.num_features[i], MAP_NORMS)
-            x, result, y = stage(x, norm if is_plain else None, self.with_cp)
+            x, result, y = stage(x, norm if is_plain else None)
             if norm is not None:
                 maps.append(y if is_plain else normalise(norm, result, as_map=True))
         return tuple(maps)

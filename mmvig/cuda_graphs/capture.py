@@ -1,9 +1,6 @@
-"""How a pass is captured and replayed: what it reads, its memory, and its gradients."""
+"""How a pass is captured and replayed: what it reads, and its gradients."""
 
-import contextlib
-import gc
 import operator
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from itertools import chain, groupby
@@ -12,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmvig.ops.plain import PLAIN_TENSORS, has_global_hooks, has_hooks, has_own_forward
-from mmvig.ops.torch_private import clear_cublas_workspaces, end_allocations
+from mmvig.cuda_graphs.memory import CAPTURING, Pool, alias, places
+from mmvig.ops.plain import PLAIN_TENSORS, has_global_hooks, is_observed
 
-_capturing = threading.Lock()
 _TRAINING, _REQUIRES_GRAD = operator.itemgetter('training'), operator.attrgetter('requires_grad')
 
 
@@ -40,12 +36,6 @@ def rebuilt(node, tensors: Iterator[Tensor]):
 def autocast_dtype() -> torch.dtype | None:
     """What autocast computes in on a GPU; None where it is off."""
     return torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else None
-
-
-def is_observed(module: nn.Module) -> bool:
-    """Whether a submodule does more than its class: it has hooks, or a ``forward`` of its own."""
-    inner = list(module.modules())[1:]
-    return has_global_hooks() or any(has_hooks(each) or has_own_forward(each) for each in inner)
 
 
 class State:
@@ -110,144 +100,6 @@ class State:
         return list(map(id, self._objects())) == self.identities and self._values() == self.values
 
 
-@contextlib.contextmanager
-def _own_workspace() -> Iterator[None]:
-    """Let cuBLAS take its workspace from this capture's memory, and the next one not from there.
-
-    It keeps one for each stream, which would outlive the graphs, or be lost with some that others do not
-    know of (pytorch/pytorch#193402).
-    """
-    clear_cublas_workspaces()
-    try:
-        yield
-    finally:
-        clear_cublas_workspaces()
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Collect no garbage meanwhile: there may be a graph in it, whose end breaks a capture."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-class Lane:
-    """What the graphs of one thread and stream share, of all modules: they run one after the other.
-
-    Its memory is that of passes which leave nothing: backward passes, and those without gradients. Who uses
-    it holds the lock, as another thread may run the backward pass.
-    """
-
-    def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device)
-        self.handle = torch.cuda.graph_pool_handle()
-        self.lock = threading.Lock()
-        with torch.cuda.device(device), _no_collection():
-            self._holder = self._record_little(self.handle)  # memory without a graph cannot be used again
-
-    @classmethod
-    def of(cls, where: tuple, device: torch.device) -> 'Lane':
-        """The lane of a thread and stream, for as long as somebody holds it."""
-        lane = _lanes.get((where, device))
-        if lane is None:
-            lane = _lanes[where, device] = cls(device)
-        return lane
-
-    @contextlib.contextmanager
-    def recording(self, graph: torch.cuda.CUDAGraph, handle: tuple) -> Iterator[None]:
-        """Record what is launched meanwhile, in the memory of a handle.
-
-        As ``torch.cuda.graph`` does, which besides waits for the GPU and gives all cached memory back: the
-        passes after it then take as long again to get that.
-        """
-        with torch.cuda.stream(self.stream), _no_collection(), _own_workspace():
-            # Not the mode 'global': other threads may pin memory for the next batches.
-            graph.capture_begin(handle, capture_error_mode='thread_local')
-            try:
-                yield
-                graph.capture_end()
-            except BaseException:
-                self._abandon(graph, handle)
-                raise
-
-    def _abandon(self, graph: torch.cuda.CUDAGraph, handle: tuple) -> None:
-        """End a capture that has failed, and undo what PyTorch then leaves half done."""
-        try:
-            graph.capture_end()
-        except RuntimeError:  # it says no more than that something has failed
-            end_allocations(self.stream.device, handle)
-            self._record_little()  # the random generator refuses to draw until a capture ends well
-
-    def _record_little(self, *handle: tuple) -> torch.cuda.CUDAGraph:
-        place, graph = torch.empty(1, device=self.stream.device), torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            graph.capture_begin(*handle, capture_error_mode='thread_local')
-            place.zero_()
-            graph.capture_end()
-        return graph
-
-
-_lanes: 'weakref.WeakValueDictionary[tuple, Lane]' = weakref.WeakValueDictionary()
-
-
-class Pool:
-    """The memory of one module's graphs in a lane, of which one is in use at a time."""
-
-    def __init__(self, where: tuple, device: torch.device):
-        self.where, self.device = where, device
-        with _capturing:
-            self.lane = Lane.of(where, device)
-            torch.cuda.empty_cache()  # of the eager passes, whose place its graphs take
-        self.handle = torch.cuda.graph_pool_handle()
-        self.size = 0  # bytes that nothing else can use, with what it has added to the lane's
-        self.node: weakref.ref | None = None
-
-    def is_needed(self) -> bool:
-        """Whether a backward pass may still come that needs what the last forward pass has left."""
-        return self.node is not None and self.node() is not None
-
-
-class _Memory:
-    """A tensor's memory in a graph's pool or lane, which holds it for as long as there is a graph.
-
-    The tensor itself must go: graphs that share a pool reuse what is free when they are captured.
-    """
-
-    def __init__(self, x: Tensor):
-        self.size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-        self.__cuda_array_interface__ = {
-            'version': 3,
-            'typestr': '|u1',
-            'shape': (self.size * x.element_size(),),
-            'data': (x.data_ptr(), False),
-        }
-
-
-def _alias(x: Tensor) -> Tensor:
-    """The same memory as a tensor that does not own it."""
-    flat = torch.as_tensor(_Memory(x), device=x.device).view(x.dtype)
-    return flat.as_strided(x.shape, x.stride())
-
-
-def _places(tensors: list[Tensor]) -> list[Tensor]:
-    """Memory for copies of the same shapes, of which a capture records no write.
-
-    In PyTorch's deterministic mode it would: a replay would then fill in NaN what has been copied there.
-    """
-    deterministic = torch.utils.deterministic
-    before = deterministic.fill_uninitialized_memory
-    deterministic.fill_uninitialized_memory = False
-    try:
-        return list(map(torch.empty_like, tensors))
-    finally:
-        deterministic.fill_uninitialized_memory = before
-
-
 def _dtype_of_leaf(learning: tuple) -> str:
     return str(learning[1].dtype)
 
@@ -308,7 +160,7 @@ class Graph:
         }
         device = tensors[0].device
         with (
-            _capturing,
+            CAPTURING,
             torch.cuda.device(device),
             torch.cuda.stream(torch.cuda.current_stream(device)),  # a capture that fails leaves its own
             torch.inference_mode(False),
@@ -342,15 +194,15 @@ class Graph:
         with lane.recording(self._forward, self.pool.handle if self.learns else lane.handle):
             inputs = [
                 place.requires_grad_(x.requires_grad and self.learns)
-                for place, x in zip(_places(tensors), tensors, strict=True)
+                for place, x in zip(places(tensors), tensors, strict=True)
             ]
             outputs = torch.func.functional_call(body, self._weights, tuple(inputs))
             flat_outputs = list(tensors_of(outputs))
         self._outputs_nesting = rebuilt(outputs, iter([torch.empty(0)] * len(flat_outputs)))
         self._is_learning = [y.requires_grad for y in flat_outputs]
-        self._inputs = [_alias(x) for x in inputs]
+        self._inputs = [alias(x) for x in inputs]
         self._learning_inputs = [x.requires_grad for x in inputs]
-        self._outputs = [_alias(y) for y in flat_outputs]
+        self._outputs = [alias(y) for y in flat_outputs]
         self._parameters, self._leaves = [], []  # those that get a gradient
         if self.learns:
             self._backward = torch.cuda.CUDAGraph()
@@ -360,7 +212,7 @@ class Graph:
             # In the order of dtypes, of which each gets a buffer.
             pairs = sorted((pair for pair in pairs if pair[1].requires_grad), key=_dtype_of_leaf)
             with lane.recording(self._backward, lane.handle):
-                given = _places(learning_outputs)
+                given = places(learning_outputs)
                 wanted = [leaf for _, leaf in pairs] + learning_inputs
                 found = torch.autograd.grad(learning_outputs, wanted, given, allow_unused=True)
                 input_gradients = found[len(pairs) :]
@@ -371,9 +223,9 @@ class Graph:
                 for _, group in groupby(learning, _dtype_of_leaf):
                     own = [g for *_, g in group]
                     buffers.append((torch.cat([g.reshape(-1) for g in own]), [g.shape for g in own]))
-            self._given = [_alias(g) for g in given]
-            self._buffers = [(_alias(buffer), shapes) for buffer, shapes in buffers]
-            self._input_gradients = [g if g is None else _alias(g) for g in input_gradients]
+            self._given = [alias(g) for g in given]
+            self._buffers = [(alias(buffer), shapes) for buffer, shapes in buffers]
+            self._input_gradients = [g if g is None else alias(g) for g in input_gradients]
         self.pool.size += max(torch.cuda.memory_reserved() - before, 0)
 
     def __call__(self, module: nn.Module, call: Callable, tensors: list[Tensor]):

@@ -9,7 +9,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmvig.cuda_graphs.capture import Graph, Pool, State, autocast_dtype, tensors_of
+from mmvig.cuda_graphs.capture import Graph, State, autocast_dtype, tensors_of
+from mmvig.cuda_graphs.memory import Pool
 from mmvig.ops.plain import PLAIN_TENSORS, has_saved_tensors_hooks, is_watched, leaves_no_trace
 
 CALLS = 2  # the call with a kind of input that captures: it takes as long as one or two eager ones
@@ -24,13 +25,13 @@ class CudaGraphs:
     """The graphs of one module, one for each kind of input; a copied or unpickled one starts with none.
 
     A kind is shape, dtype, training mode, whether gradients are recorded and inputs get one, autocast's
-    dtype, PyTorch's settings of precision, the caller's settings, and thread and stream. A kind is captured
-    when it comes for the :data:`CALLS`-th time, and replayed from then on. All graphs of a thread and
-    stream share one pool of memory, as large as the largest needs, and with those of other modules what
-    their backward passes take. If there are as many as there may be,
-    the one that is used least goes, once another kind comes twice as often. Where captures turn out to be
-    in vain, kinds must come more often. With 'auto', all graphs go while memory is short, and there are
-    none from a capture on that fails, which is logged. Any other call runs as without graphs, and so does
+    dtype, PyTorch's settings of precision, the caller's settings, and device, thread and stream. A kind is
+    captured when it comes for the :data:`CALLS`-th time, and replayed from then on. All graphs of a thread
+    and stream share one pool of memory, as large as the largest needs, and with those of other modules what
+    their backward passes take. If there are as many as there may be, the one that is used least goes, once
+    another kind comes twice as often. Where captures turn out to be in vain, kinds must come more often.
+    With 'auto', all graphs go while memory is short, and there are none from a capture on that fails, which
+    is logged. Any other call runs as without graphs, and so does
 
     - one before the backward pass of the last replay, unless the outputs of that are gone;
     - one with hooks on submodules or of saved tensors, in anomaly mode, on a CPU, in torch.compile, a
@@ -122,7 +123,7 @@ class CudaGraphs:
             graph, outcome = self._capture(kind, module, call, inputs, tensors), 'capture'
         if graph is None or is_watched or graph.pool.is_needed():
             self.counts[size, 'eager'] += 1
-            may_repeat = lean is not None and self._is_rare() and leaves_no_trace(module)
+            may_repeat = lean is not None and self._replays_most() and leaves_no_trace(module)
             outputs = (lean if may_repeat else call)(*inputs)
             self._note_run(kind, module, tensors, outputs)
             return outputs
@@ -130,8 +131,8 @@ class CudaGraphs:
         graph.replays += 1
         return graph(module, call, tensors)
 
-    def _is_rare(self) -> bool:
-        """Whether an eager pass is an exception, beside graphs that are replayed."""
+    def _replays_most(self) -> bool:
+        """Whether there are graphs and, after the first passes, most passes have been replays."""
         return bool(self._graphs) and (self._age <= TRIAL or 2 * self.outcomes()['replay'] > self._age)
 
     def _note_run(self, kind: tuple, module: nn.Module, tensors: list[Tensor], outputs) -> None:
@@ -172,8 +173,8 @@ class CudaGraphs:
             return None
         if self._calls[kind] < self._patience or kind in self._refused:
             return None
-        where, device = kind[0], tensors[0].device
-        pool = self._pool(where, device)
+        where = kind[0]
+        pool = next((pool for pool in self._pools() if pool.where == where), None)
         if pool is not None and pool.is_needed():
             return None
         if len(self._graphs) >= (MOST if self.limit == 'auto' else self.limit):
@@ -183,12 +184,12 @@ class CudaGraphs:
             calls = self._calls[least]
             self._drop(least)
             self._calls[least] = calls
-            pool = self._pool(where, device)
+            pool = next((pool for pool in self._pools() if pool.where == where), None)
         state = State.of(module)
         if state is None:
             return None
         try:
-            pool = pool or Pool(where, device)
+            pool = pool or Pool(where)
             has_run = self._have_run.get(kind) == _details_of(module, tensors)
             graph = Graph(module, call, inputs, tensors, state, pool, has_run)
         except RuntimeError as error:  # as where memory is short; nobody asked for graphs
@@ -210,10 +211,6 @@ class CudaGraphs:
         self._patience = CALLS if graph.replays >= WORTH else min(2 * self._patience, MOST_CALLS)
         if graph.is_refused:
             self._refused.add(kind)
-
-    def _pool(self, where: tuple, device: torch.device) -> 'Pool | None':
-        """The pool for a thread and stream; one of another device, where the module was, is another."""
-        return next((x for x in self._pools() if (x.where, x.device) == (where, device)), None)
 
     def _pools(self) -> set['Pool']:
         return {graph.pool for graph in self._graphs.values()}
@@ -238,10 +235,10 @@ def _has_room(device: torch.device, pools: Iterable['Pool']) -> bool:
 
 
 def _kind_of(module: nn.Module, tensors: list[Tensor]) -> tuple:
-    """What decides which graph a call can replay, thread and stream first, whose graphs share a pool."""
-    cudnn = torch.backends.cudnn
+    """What decides which graph a call can replay; first where it runs, whose graphs share a pool."""
+    cudnn, device = torch.backends.cudnn, tensors[0].device
     return (
-        (threading.get_ident(), torch.cuda.current_stream(tensors[0].device).cuda_stream),
+        (device, threading.get_ident(), torch.cuda.current_stream(device).cuda_stream),
         torch.is_grad_enabled(), *((x.shape, x.dtype, x.requires_grad) for x in tensors),
         module.training, autocast_dtype(),
         torch.are_deterministic_algorithms_enabled(), cudnn.enabled, cudnn.benchmark, cudnn.deterministic,

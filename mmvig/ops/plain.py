@@ -50,6 +50,12 @@ def has_own_forward(module: nn.Module) -> bool:
     return 'forward' in module.__dict__
 
 
+def is_observed(module: nn.Module) -> bool:
+    """Whether a submodule does more than its class: it has hooks, or a ``forward`` of its own."""
+    inner = list(module.modules())[1:]
+    return has_global_hooks() or any(has_hooks(each) or has_own_forward(each) for each in inner)
+
+
 def is_known(module: nn.Module) -> bool:
     """Whether a module's class is ours, or one of PyTorch's that does no more than compute."""
     return type(module).__module__.startswith(_KNOWN)
@@ -60,12 +66,10 @@ def leaves_no_trace(module: nn.Module) -> bool:
 
     Not so with hooks, a ``forward`` of the instance, or buffers, which a call may change.
     """
-    inner = list(module.modules())[1:]
     return (
-        not any(True for _ in module.buffers())
-        and all(map(is_known, inner))
-        and not any(has_hooks(each) or has_own_forward(each) for each in inner)
-        and not has_global_hooks()
+        not is_observed(module)
+        and all(map(is_known, list(module.modules())[1:]))
+        and not any(True for _ in module.buffers())
     )
 
 
