@@ -1,6 +1,7 @@
 """Test helpers are importable by name, and mmcv's operators exist before anything imports them."""
 
 import gc
+import importlib
 import importlib.util
 import os
 import sys
@@ -21,6 +22,8 @@ from mmengine.fileio.handlers import registry_utils
 from mmengine.registry import WEIGHT_INITIALIZERS
 
 from mmvig import reading
+
+TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 
 if not torch.cuda.is_available() and importlib.util.find_spec('triton'):  # PyTorch for CPUs has none
     import interpreter
@@ -52,3 +55,18 @@ def unguarded(monkeypatch):
     yield
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(allowed)
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a tool, as its own folder sees it."""
+    before = set(sys.modules)
+
+    def load(script):
+        monkeypatch.setattr(sys, 'path', [str((TOOLS.parent / script).parent), *sys.path])
+        return importlib.import_module(Path(script).stem)
+
+    yield load
+    for name in set(sys.modules) - before:
+        if str(TOOLS) in str(getattr(sys.modules[name], '__file__', '')):
+            del sys.modules[name]

@@ -1,6 +1,5 @@
 """The tools that look into a backbone: the numbers behind their pictures, what they say to bad input."""
 
-import importlib
 import math
 import re
 import shlex
@@ -67,21 +66,6 @@ def strangers(monkeypatch):
     """The two, registered for one test."""
     monkeypatch.setitem(MODELS.module_dict, 'AnalysisMaps', Maps)
     monkeypatch.setitem(MODELS.module_dict, 'AnalysisVector', Vector)
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a tool, as its own folder sees it."""
-    before = set(sys.modules)
-
-    def load(script):
-        monkeypatch.setattr(sys, 'path', [str((ROOT / script).parent), *sys.path])
-        return importlib.import_module(Path(script).stem)
-
-    yield load
-    for name in set(sys.modules) - before:
-        if str(ROOT / 'tools') in str(getattr(sys.modules[name], '__file__', '')):
-            del sys.modules[name]
 
 
 @pytest.fixture

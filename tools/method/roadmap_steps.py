@@ -78,8 +78,7 @@ class GlobalMixer(GatedTokenMixer):
     The mix runs on :func:`gated_mix` with a short context of weight 0, so that all steps have its kernel.
 
     Args:
-        channels, num_heads, backend, out_act: see :class:`GatedTokenMixer`.
-        conv_act: of no effect, as there is no convolution. Default: False.
+        *args, **kwargs: of :class:`GatedTokenMixer`; ``conv_act`` has no effect.
         scan: 'one' direction; both with 'shared' gates; a gate for 'each'; 'twice', the same as 'each' by
             two calls of one direction. Default: 'each'.
 
@@ -87,23 +86,15 @@ class GlobalMixer(GatedTokenMixer):
         ValueError: scan is none of these; else as GatedTokenMixer.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        num_heads: int,
-        backend: str = 'auto',
-        conv_act: bool = False,
-        out_act: bool = False,
-        scan: str = 'each',
-    ):
-        super().__init__(channels, num_heads, backend, conv_act, out_act)
+    def __init__(self, *args, scan: str = 'each', **kwargs):
+        super().__init__(*args, **kwargs)
         if scan not in ('one', 'shared', 'each', 'twice'):
             raise ValueError(f"scan must be 'one', 'shared', 'each' or 'twice', got {scan!r}")
         self.scan = scan
+        self.register_buffer('no_short', torch.zeros_like(self.norm_short.weight), persistent=False)
         del self.dwconv, self.norm_short
-        self.register_buffer('no_short', torch.zeros(channels // num_heads), persistent=False)
         if scan in ('one', 'shared'):
-            self.decay_up = nn.Linear(GATE_RANK, channels // 2)
+            self.decay_up = nn.Linear(GATE_RANK, self.decay_up.out_features // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens: ``[B, H, W, C]`` -> ``[B, H, W, C]``."""
