@@ -342,7 +342,6 @@ def test_kernels_fit_other_gpus(capability, tmp_path):
     assert len(shared) == 28 and max(shared) <= 1024, lines
 
 
-@pytest.mark.skipif(ON_GPU, reason='needs no GPU')
 def test_what_inductor_copies_of_kernels_is_whole(tmp_path):
     """What it compiles into a package is the kernels' own machine code."""
     lines = run_well(str(HERE / 'inductor_sources.py'), cwd=tmp_path).splitlines()
