@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -345,6 +346,24 @@ def test_images_have_the_configs_size(module, config, shape):
     assert swin.model.backbone.type == 'SwinTransformer'
     swin.model.backbone = ours.model.backbone
     assert swin.to_dict() == ours.to_dict()
+
+
+@pytest.mark.gpu
+def test_a_captured_step_keeps_what_it_reads(module):
+    steps = module('steps')
+
+    def make() -> Callable:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)).cuda()
+        x = torch.randn(2, 3, 32, 32, device='cuda')
+        step = steps.make_step(model, lambda x: (model(x),), x, 'fp32', 'training')
+        step()
+        return step
+
+    replay = steps.capture(make())
+    before = replay()[0].clone()
+    freed = [torch.full((216,), math.nan, device='cuda') for _ in range(1000)]  # as many as weights
+    torch.testing.assert_close(replay()[0], before)
+    del freed
 
 
 @pytest.fixture(scope='module')

@@ -16,7 +16,9 @@ from mmvig.ops.plain import PLAIN_TENSORS, has_saved_tensors_hooks, is_watched, 
 CALLS = 2  # the call with a kind of input that captures: it takes as long as one or two eager ones
 MOST_CALLS = 64  # the same after captures in vain
 WORTH = 8  # replays for which a capture was worth its time
-MOST = 64  # graphs that 'auto' holds
+MOST = (
+    256  # graphs that 'auto' holds: of ViG-H-S, each takes 3 MB of the GPU for itself and 9 MB of the host
+)
 AGE = 4096  # passes after which earlier ones count half
 TRIAL = 64  # passes after which we ask whether graphs replay most of them
 

@@ -127,7 +127,8 @@ def capture(step: Callable) -> Callable:
     Raises:
         Wrong: Its replay gives other maps.
     """
-    expected = step()
+    # Detached: nodes that gather gradients would outlive the call, and tie the capture to this stream.
+    expected = [each.detach() for each in step()]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what libraries set up at first use on a stream may not be captured
@@ -141,6 +142,8 @@ def capture(step: Callable) -> Callable:
     def replay() -> tuple[Tensor, ...]:
         graph.replay()
         return captured
+
+    replay.step = step  # the graph reads its weights and images, and does not hold them
 
     for each in captured:
         each.zero_()  # so that what the check sees was written by the replay
