@@ -89,7 +89,10 @@ def _is_unseen(module: nn.Module, call: Callable, x: Tensor) -> bool:
 
 
 def note(module: nn.Module, call: Callable, x: Tensor) -> list[tuple]:
-    """What a pass and its gradients launch and is not compiled, as arguments for ``compile_kernel``."""
+    """What a pass and its gradients launch and is not compiled, as arguments for ``compile_kernel``.
+
+    Longest code first: a kernel that takes long to compile and starts last would be waited for.
+    """
     from mmvig.ops.launch import noting
 
     x, device = x.detach().requires_grad_(x.requires_grad), x.device
@@ -105,7 +108,7 @@ def note(module: nn.Module, call: Callable, x: Tensor) -> list[tuple]:
         maps = [y for y in call(x) if y.requires_grad]
         if maps:
             torch.autograd.grad(maps, learning, list(map(torch.zeros_like, maps)), allow_unused=True)
-    return list(kernels.values())
+    return sorted(kernels.values(), key=lambda each: len(each[0].fn.__code__.co_code), reverse=True)
 
 
 def compile_all(kernels: list[tuple], device: torch.device) -> None:

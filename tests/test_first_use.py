@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,6 +258,13 @@ def test_ddp_does_not_see_the_noting(unused):
 
 
 # Compiling.
+
+
+def test_the_longest_kernel_is_compiled_first(monkeypatch):
+    kernels = [(SimpleNamespace(fn=fn), [], {}) for fn in (name, make, image)]
+    monkeypatch.setattr(launch, 'noting', lambda: contextlib.nullcontext(dict(enumerate(kernels))))
+    model = make(backend='chunked')
+    assert [kernel.fn for kernel, *_ in note(model, model._compute, image())] == [make, image, name]
 
 
 @pytest.fixture
