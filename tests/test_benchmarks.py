@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from programs import run_well
 from small_configs import write_small
 from torch import nn
@@ -98,6 +98,24 @@ def test_detectors_and_segmentors(tmp_path):
     for step in ('training', 'inference'):
         assert swin['ratios'][step] == pytest.approx(swin[step]['median'] / ours[step]['median'])
     assert f'{name} with swin' in said
+
+
+def test_plain_vig_next_to_vit(module, monkeypatch, tmp_path):
+    detector = module('detector')
+    config = str(ROOT / 'configs/detection/maskrcnn_vig_t.py')
+    options = ['--device', 'cpu', '--peers', 'vit', '--shape', '64', '96', '--out', str(tmp_path)]
+    monkeypatch.setattr(sys, 'argv', ['detector.py', config, *options])
+    (_, ours, shape), (name, vit, _) = detector.choose_models(detector.parse_args())
+    assert name == 'maskrcnn_vig_t with vit'
+    x = torch.zeros(1, 3, *shape)
+    for cfg in (ours, vit):
+        (augment,) = cfg.model.data_preprocessor.batch_augments
+        assert augment.size == shape
+        init_default_scope('mmdet')
+        backbone = MODELS.build(cfg.model.backbone)
+        (found,) = backbone(x)
+        assert found.shape == (1, 192, 4, 6)
+        backbone.get_layer_depth('pos_embed', '')  # for the config's learning rates
 
 
 def test_fused_operators(module, monkeypatch, tmp_path):

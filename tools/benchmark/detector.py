@@ -3,10 +3,12 @@
     python tools/benchmark/detector.py                   # Mask R-CNN, ViG-H-T and -S, each next to Swin
     python tools/benchmark/detector.py CONFIG... --peers none
     python tools/benchmark/detector.py configs/segmentation/upernet_vigh_s.py --peers swin convnext
+    python tools/benchmark/detector.py configs/detection/maskrcnn_vig_t.py --peers vit --shape 2048 2048
 
 For each config whose backbone is a ViG-H of a named size, the same config with the SwinTransformer of mmdet
-(or mmseg), or the ConvNeXt of mmpretrain, of that size is timed too. A training iteration is mmengine's:
-preprocessing, forward pass and losses, backward pass, optimiser step, in AMP; data loading is not timed.
+(or mmseg), or the ConvNeXt of mmpretrain, of that size is timed too; for a plain ViG, mmpretrain's ViT with
+DeiT's sizes, whose attention is fused. A training iteration is mmengine's: preprocessing, forward pass and
+losses, backward pass, optimiser step, in AMP; data loading is not timed.
 The learning rate is 0, so that all iterations do the same work. Inference is one image from preprocessing
 to masks; with random weights no box would pass a detector's score threshold, so it is set to what the best
 1000 pairs of box and class pass.
@@ -55,15 +57,27 @@ SWIN = {
     'small': {'embed_dims': 96, 'depths': (2, 2, 18, 2), 'num_heads': (3, 6, 12, 24)},
     'base': {'embed_dims': 128, 'depths': (2, 2, 18, 2), 'num_heads': (4, 8, 16, 32)},
 }
+PEERS = {'swin': 'ViGH', 'convnext': 'ViGH', 'vit': 'ViG'}  # of which backbone
 PRECISIONS = {'fp16': 'float16', 'bf16': 'bfloat16', 'fp32': None}
 
 
 def peer_backbone(peer: str, backbone: dict) -> dict | None:
-    """A peer of a ViG-H backbone's size, with its stochastic depth; None where there is none."""
+    """A peer of a backbone's size, with its stochastic depth; None where there is none."""
     arch = backbone.get('arch', 'tiny')
-    if backbone.get('type') not in ('mmvig.ViGH', 'ViGH') or arch not in tuple(SWIN):
+    if backbone.get('type', '').removeprefix('mmvig.') != PEERS[peer] or arch not in tuple(SWIN):
         return None
-    shared = {'out_indices': stages_of(backbone), 'drop_path_rate': backbone.get('drop_path_rate') or 0.0}
+    drop_path_rate = backbone.get('drop_path_rate') or 0.0
+    if peer == 'vit':
+        return {
+            'type': 'mmpretrain.VisionTransformer',
+            'arch': f'deit-{arch}',
+            'img_size': backbone.get('img_size', 224),
+            'out_indices': backbone.get('out_indices', -1),
+            'out_type': 'featmap',
+            'with_cls_token': False,
+            'drop_path_rate': drop_path_rate,
+        }
+    shared = {'out_indices': stages_of(backbone), 'drop_path_rate': drop_path_rate}
     if peer == 'swin':
         return {'type': 'SwinTransformer', **SWIN[arch], **shared}
     return {'type': 'mmpretrain.ConvNeXt', 'arch': arch, 'gap_before_final_norm': False, **shared}
@@ -107,34 +121,48 @@ def _scales(node) -> Iterator[tuple[int, int]]:
             yield from _scales(value)
 
 
+def fit(model: dict, shape: tuple[int, int]) -> None:
+    """Make what a model's config says of image sizes say this one: position embeddings, padding."""
+    if 'img_size' in model.backbone:
+        model.backbone.img_size = max(shape)
+    for each in model.get('data_preprocessor', {}).get('batch_augments') or []:
+        if each.type == 'BatchFixedSizePad':
+            each.size = shape
+
+
 def number_of_classes(cfg: Config) -> int:
     """Classes of the config's head."""
     if cfg.default_scope == 'mmseg':
         head = cfg.model.decode_head
+    elif 'panoptic_head' in cfg.model:
+        return cfg.model.panoptic_head.num_things_classes
     else:
         head = cfg.model.roi_head.bbox_head if 'roi_head' in cfg.model else cfg.model.bbox_head
     return (head[0] if isinstance(head, list) else head).num_classes
 
 
-def random_batch(scope: str, batch: int, shape: tuple[int, int], classes: int) -> dict:
+def random_batch(cfg: Config, batch: int, shape: tuple[int, int]) -> dict:
     """Images and annotations as a data loader hands them over, with fixed random content.
 
     Args:
-        scope: 'mmdet' (boxes and masks) or 'mmseg' (a label a pixel).
+        cfg: of a detector (boxes, and masks where it has a head for them) or a segmentor (a label a pixel).
         batch: number of images.
         shape: their height and width.
-        classes: labels are below it.
     """
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (batch, 3, *shape), dtype=np.uint8)
-    sample = _detection_sample if scope == 'mmdet' else _segmentation_sample
-    samples = [sample(random, shape, classes) for _ in range(batch)]
+    classes, model = number_of_classes(cfg), cfg.model
+    if cfg.default_scope == 'mmdet':
+        with_masks = 'panoptic_head' in model or 'mask_head' in model.get('roi_head', {})
+        samples = [_detection_sample(random, shape, classes, with_masks) for _ in range(batch)]
+    else:
+        samples = [_segmentation_sample(random, shape, classes) for _ in range(batch)]
     for each in samples:
         each.set_metainfo({'img_shape': shape, 'ori_shape': shape, 'pad_shape': shape, 'img_id': 0})
     return {'inputs': [torch.from_numpy(each) for each in images], 'data_samples': samples}
 
 
-def _detection_sample(random: np.random.Generator, shape: tuple[int, int], classes: int):
+def _detection_sample(random: np.random.Generator, shape: tuple[int, int], classes: int, with_masks: bool):
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
@@ -142,12 +170,14 @@ def _detection_sample(random: np.random.Generator, shape: tuple[int, int], class
     corners = random.random((OBJECTS, 2)) * 0.6 * size
     sides = (0.1 + 0.3 * random.random((OBJECTS, 2))) * size
     boxes = np.concatenate([corners, corners + sides], axis=1)
-    masks = np.zeros((OBJECTS, *shape), dtype=np.uint8)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.astype(int), strict=True):
-        mask[top:bottom, left:right] = 1
     labels = torch.from_numpy(random.integers(0, classes, OBJECTS))
     boxes = torch.from_numpy(boxes.astype(np.float32))
-    instances = InstanceData(bboxes=boxes, labels=labels, masks=BitmapMasks(masks, *shape))
+    instances = InstanceData(bboxes=boxes, labels=labels)
+    if with_masks:
+        masks = np.zeros((OBJECTS, *shape), dtype=np.uint8)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[top:bottom, left:right] = 1
+        instances.masks = BitmapMasks(masks, *shape)
     none = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
     sample = DetDataSample(gt_instances=instances, ignored_instances=none)
     sample.set_metainfo({'scale_factor': (1.0, 1.0)})
@@ -325,13 +355,12 @@ def time_model(cfg: Config, name: str, shape: tuple[int, int], args: argparse.Na
     model.init_weights()
     model = revert_sync_batchnorm(model).to(args.device)
     make = model.data_preprocessor.cast_data  # on the device before the time starts
-    classes = number_of_classes(cfg)
     row = {'name': name, 'batch': batch, 'shape': shape, 'precision': args.precision}
-    training = make(random_batch(cfg.default_scope, batch, shape, classes))
+    training = make(random_batch(cfg, batch, shape))
     row['training'] = time_training(model, cfg, training, args)
     del training
     release(args.device)
-    single = make(random_batch(cfg.default_scope, 1, shape, classes))
+    single = make(random_batch(cfg, 1, shape))
     row['inference'] = time_inference(model, single, args)
     return {**row, 'status': 'ok'}
 
@@ -377,7 +406,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         'configs', nargs='*', metavar='CONFIG', help='default: Mask R-CNN with ViG-H-T and with ViG-H-S'
     )
-    parser.add_argument('--peers', nargs='+', choices=['swin', 'convnext', 'none'], default=['swin'])
+    parser.add_argument('--peers', nargs='+', choices=[*PEERS, 'none'], default=['swin'])
     parser.add_argument(
         '--shape', nargs=2, type=int, metavar=('H', 'W'), help="default: the config's largest"
     )
@@ -422,6 +451,7 @@ def choose_models(args: argparse.Namespace) -> list[tuple[str, Config | None, tu
         if version(cfg.default_scope) is None:
             raise SetupError(f'{path} needs {cfg.default_scope}, which is not installed')
         shape = image_shape(cfg, args.shape)
+        fit(cfg.model, shape)
         name = Path(path).stem
         models.append((name, cfg, shape))
         for peer in args.peers:

@@ -266,7 +266,7 @@ def build(cfg: Config, inference: bool) -> Runner:
     cfg.default_hooks.pop('visualization', None)
     cfg.log_level = 'WARNING'
     if cfg.get('val_cfg'):
-        cfg.val_cfg.fp16 = inference
+        cfg.val_cfg.fp16 = inference and torch.cuda.is_available()  # slow on CPUs
         cfg.val_evaluator = cfg.test_evaluator = []
     return cli.build_runner(cfg)
 
