@@ -24,6 +24,7 @@ from mmvig.ops.plain import (
     is_watched,
     leaves_no_trace,
 )
+from mmvig.ops.torch_private import is_in_backward_pass
 
 if os.name == 'posix':
     import fcntl
@@ -83,7 +84,7 @@ def _is_unseen(module: nn.Module, call: Callable, x: Tensor) -> bool:
         and leaves_no_trace(module)
         and not (is_watched() or is_capturing(x.device))
         # There, this thread may compute the outer pass's gradients while it waits for those of this one.
-        and torch._C._current_graph_task_id() == -1
+        and not is_in_backward_pass()
         and not has_saved_tensors_hooks()
     )
 

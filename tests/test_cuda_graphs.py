@@ -538,6 +538,16 @@ def test_auto_goes_on_without_where_a_capture_fails(policy, caplog):
     assert policy.graphs.limit == 0
 
 
+def test_nothing_is_captured_in_a_backward_pass(policy):
+    policy.call(CALLS - 1)
+    logs = []
+    x = torch.zeros(1, requires_grad=True)
+    x.register_hook(lambda _: logs.append(policy.call(2)))
+    x.sum().backward()
+    assert logs == ['ee']
+    assert policy.call(1) == 'c'
+
+
 def test_a_number_of_graphs_fails_loudly(policy):
     policy.fails, policy.graphs.limit = True, 1
     policy.call(CALLS - 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmvig.cuda_graphs.capture import Graph, State, autocast_dtype, tensors_of
 from mmvig.cuda_graphs.memory import Pool
 from mmvig.ops.plain import PLAIN_TENSORS, has_saved_tensors_hooks, is_watched, leaves_no_trace
+from mmvig.ops.torch_private import is_in_backward_pass
 
 CALLS = 2  # the call with a kind of input that captures: it takes as long as one or two eager ones
 MOST_CALLS = 64  # the same after captures in vain
@@ -37,7 +38,7 @@ class CudaGraphs:
 
     - one before the backward pass of the last replay, unless the outputs of that are gone;
     - one with hooks on submodules or of saved tensors, in anomaly mode, on a CPU, in torch.compile, a
-      tracer, torch.func or another capture.
+      tracer, torch.func or another capture. In a backward pass nothing is captured.
 
     Where DropPath's rates have changed, or parameters have moved, been replaced or frozen, a graph is
     dropped, and made anew after as many calls. Changed values are seen. DropPath draws as without graphs.
@@ -174,6 +175,8 @@ class CudaGraphs:
                 self._drop(other)
             return None
         if self._calls[kind] < self._patience or kind in self._refused:
+            return None
+        if is_in_backward_pass():  # its thread, which captures need, would wait for other threads' captures
             return None
         where = kind[0]
         pool = next((pool for pool in self._pools() if pool.where == where), None)

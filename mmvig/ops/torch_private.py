@@ -26,6 +26,11 @@ def current_stream(device: torch.device) -> int:
 strided_view = torch._C._dynamo.guards._reinterpret_tensor
 
 
+def is_in_backward_pass() -> bool:
+    """Whether autograd runs this, as in a hook or where activations are computed again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def clear_cublas_workspaces() -> None:
     """Free what cuBLAS keeps for each stream."""
     torch._C._cuda_clearCublasWorkspaces()
