@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -382,6 +383,20 @@ def test_a_captured_step_keeps_what_it_reads(module):
     freed = [torch.full((216,), math.nan, device='cuda') for _ in range(1000)]  # as many as weights
     torch.testing.assert_close(replay()[0], before)
     del freed
+
+
+def test_a_package_and_its_model_take_turns(module, monkeypatch, capsys):
+    aoti = module('aoti')
+    clock, calls = aoti.Clock('cpu'), []
+    monkeypatch.setattr(aoti, 'Clock', lambda _: clock)
+    found = aoti.take_turns({name: partial(calls.append, name) for name in ('eager', 'package')}, 3)
+    assert calls == ['eager', 'package'] * (aoti.WARM_UP + 3)
+    assert found.keys() == {'eager', 'package'} and found['package'].keys() == TIMES
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(sys, 'argv', ['aoti.py', 'cfg.py', 'no.pt2'])
+    with pytest.raises(SystemExit):
+        aoti.main()
+    assert 'error: package is missing' in capsys.readouterr().err
 
 
 @pytest.fixture(scope='module')

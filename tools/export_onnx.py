@@ -183,7 +183,8 @@ def _adaptive_average(pool: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:
 
     def averages(length: int, number: int) -> Tensor:
         """[number, length]: row i averages from i * length / number to (i + 1) * length / number."""
-        i, place = torch.arange(number)[:, None], torch.arange(length)
+        i, place = (torch.arange(n, device=x.device) for n in (number, length))
+        i = i[:, None]
         inside = (place >= i * length // number) & (place < ((i + 1) * length + number - 1) // number)
         return inside / inside.sum(1, keepdim=True)
 
@@ -211,16 +212,29 @@ def _traceable() -> Iterator[None]:
         yield
 
 
-def trace(model: nn.Module, shape: tuple[int, int]) -> torch.export.ExportedProgram:
-    """torch.export of a model of images, with batch (but for a detector's), height and width free."""
+def trace(
+    model: nn.Module,
+    shape: tuple[int, int],
+    batch: int = 2,
+    device: str = 'cpu',
+    limits: tuple[int, int] = (65536, MAX_SIDE),
+) -> torch.export.ExportedProgram:
+    """torch.export of a model of images, with batch (but for a detector's), height and width free.
+
+    Args:
+        model: the model.
+        shape: height and width of the images to trace with.
+        batch: how many of them, at least 2: one would be taken for a constant.
+        device: where the model is.
+        limits: the largest batch and side that the program is for.
+    """
     least = least_side(model)
     dims = {
-        0: torch.export.Dim('batch', min=1, max=65536),
-        2: torch.export.Dim('height', min=least, max=MAX_SIDE),
-        3: torch.export.Dim('width', min=least, max=MAX_SIDE),
+        0: torch.export.Dim('batch', min=1, max=limits[0]),
+        2: torch.export.Dim('height', min=least, max=limits[1]),
+        3: torch.export.Dim('width', min=least, max=limits[1]),
     }
-    # Two images: a batch of one would be taken for a constant.
-    inputs, dynamic = (torch.rand(2, input_channels(model), *shape),), (dims,)
+    inputs, dynamic = (torch.rand(batch, input_channels(model), *shape, device=device),), (dims,)
     if takes_size(model):
         del dims[0]
         inputs, dynamic = (inputs[0][:1], torch.zeros(2, dtype=torch.int64)), (dims, None)
@@ -316,10 +330,11 @@ def run_onnx(data: bytes) -> Callable[..., list[Tensor]]:
 def run_program(data: bytes) -> Callable[[Tensor], list[Tensor]]:
     """A function that runs a torch.export program."""
     module = torch.export.load(io.BytesIO(data)).module()
-    return lambda images: _listed(module(images))
+    return lambda images: listed(module(images))
 
 
-def _listed(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+def listed(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """A model's outputs as a list."""
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
@@ -330,27 +345,33 @@ def _sizes(shape: tuple[int, int], least: int) -> list[tuple[int, int]]:
     return [shape, (max(height * 2 // 3, least + 2), max(width * 5 // 4, least + 14)), smaller]
 
 
-def check(model: nn.Module, run: Callable, shape: tuple[int, int]) -> None:
-    """Compare what was exported with the model at three sizes, and print by how much they differ.
+def samples(model: nn.Module, shape: tuple[int, int]) -> list[Tensor]:
+    """Images of three sizes to check an export with, those of the traced size first."""
+    generator, channels = torch.Generator().manual_seed(0), input_channels(model)
+    sizes = zip((2, 1, 3), _sizes(shape, least_side(model)), strict=True)
+    return [torch.randn(batch, channels, *size, generator=generator) for batch, size in sizes]
+
+
+def check(model: nn.Module, run: Callable, images: list[Tensor], tolerance: float = TOLERANCE) -> None:
+    """Compare what was exported with the model, and print by how much they differ for each of the images.
 
     Raises:
-        SetupError: They differ by more than 1e-3 of the largest output, or of 1 where that is larger; or
-            label maps in more than 1e-3 of their pixels.
+        SetupError: They differ by more than ``tolerance`` of the largest output, or of 1 where that is
+            larger; or label maps in more than that part of their pixels.
     """
-    generator = torch.Generator().manual_seed(0)
-    for batch, size in zip((2, 1, 3), _sizes(shape, least_side(model)), strict=True):
-        images = torch.randn(batch, input_channels(model), *size, generator=generator)
+    for each in images:
         with torch.no_grad():
-            expected = _listed(model(images))
-            found = run(images)
+            expected = listed(model(each))
+            found = run(each)
+        size = list(each.shape[2:])
         if [x.shape for x in found] != [x.shape for x in expected]:
-            raise SetupError(f'at {list(size)} the exported model gives {[tuple(x.shape) for x in found]}')
+            raise SetupError(f'at {size} the exported model gives {[tuple(x.shape) for x in found]}')
         error = torch.tensor([*map(_error, found, expected)]).max().item()  # NaN where one is
-        print(f'{batch} x {size[0]} x {size[1]}: differs from PyTorch by {error:.1e}')
-        if not error <= TOLERANCE:
+        print(f'{len(each)} x {size[0]} x {size[1]}: differs from PyTorch by {error:.1e}')
+        if not error <= tolerance:
             raise SetupError(
-                f'at {list(size)} the exported model differs from PyTorch by {error:.1e}, more than '
-                f'{TOLERANCE}: nothing was written'
+                f'at {size} the exported model differs from PyTorch by {error:.1e}, more than '
+                f'{tolerance}: nothing was written'
             )
 
 
@@ -415,10 +436,10 @@ def main() -> None:
                 raise SetupError(f'--pictures are for detectors, and {args.config} is none')
             elif onnx:
                 data = to_onnx(model, shape, args.opset)
-                check(model, run_onnx(data), shape)
+                check(model, run_onnx(data), samples(model, shape))
             else:
                 data = to_program(model, shape)
-                check(model, run_program(data), shape)
+                check(model, run_program(data), samples(model, shape))
         write_whole(args.out, data)
     print(args.out)
 

@@ -1,4 +1,4 @@
-"""What `tools/export_onnx.py` exports of detectors and segmentors, and how it compares detections."""
+"""What `tools/export_onnx.py` and `export_aoti.py` export, and how detections are compared."""
 
 import mmvig.compat  # noqa: F401  before mmdet, which imports mmcv.ops
 
