@@ -3,6 +3,7 @@
     python tools/benchmark/backbone.py --list                              # models and shapes
     python tools/benchmark/backbone.py                                     # all of them, on the GPU
     python tools/benchmark/backbone.py --models 'ViG-H-[TS]' --shapes '800x1216 b2' --compile default
+    python tools/benchmark/backbone.py --best --shapes '1024x1024 b8'      # peers compiled and graphed
     python tools/benchmark/backbone.py --models ViG-H-T --profile          # which kernels the time goes to
     python tools/benchmark/backbone.py --sweep                             # 224 to 4096: time a pixel
     python tools/benchmark/backbone.py --device cpu --quick                # does it run at all
@@ -16,9 +17,13 @@ finite maps and gradients. Otherwise no time is reported. `models.py` says what 
 Times are medians, with the 10th and 90th percentile, of calls one after the other; "latency" waits for each
 call, "host" is the part of it until the call returns. "1.20 x Swin-T" is 1.20 times as fast as Swin-T.
 Ours are as they come, so with CUDA graphs from the second call on; "eager" is without (cuda_graphs=0).
+With --best, peers are timed eagerly, as a CUDA graph, and through torch.compile as a CUDA graph ("best"),
+and ratios are to the fastest of the three. At the end stand the models that are as accurate as one of ours
+and faster, and accuracy over time is drawn.
 
-Writes backbone.json after each row, and backbone.png (with --sweep, backbone_sweep.*). The exit status is 1
-if a row failed or was wrong; a row that ran out of memory, and an absent peer, only say so.
+Writes backbone.json after each row, and backbone.png (with --sweep, backbone_sweep.*; with --best also
+backbone_accuracy.png). The exit status is 1 if a row failed or was wrong; a row that ran out of memory, and
+an absent peer, only say so.
 """
 
 import argparse
@@ -52,6 +57,7 @@ SWEEP_SIDES = (224, 512, 1024, 1536, 2048, 3072, 4096)
 SWEEP_PIXELS = 2 * 2048**2  # in a batch, so that small images fill the device as well
 STEPS = ('inference', 'training')
 COMPILED = {'compiled': 'default', 'comp+graph': 'reduce-overhead'}  # a row's mode, torch.compile's
+BEST = ('default', 'graph', 'best')  # modes of peers with --best; the last is compiled, then captured
 PROFILE_LINES = 14
 KEPT_KERNELS = 60
 
@@ -149,7 +155,9 @@ class Benchmark:
         release(self.device)
 
     def modes(self, entry: Entry, kind: str, shape: Shape) -> list[str]:
-        """How a step is run: 'default', 'eager', one of COMPILED's, 'graph'."""
+        """How a step is run: 'default', 'eager', one of COMPILED's, 'graph', 'best'."""
+        if self.args.best and not entry.ours:
+            return list(BEST)
         graph = self.args.graph and kind == 'inference' and shape.batch == 1
         eager = self.args.eager and entry.ours
         compiled = [mode for mode, of_torch in COMPILED.items() if of_torch in self.args.compile]
@@ -179,13 +187,13 @@ class Benchmark:
     ) -> dict:
         """Check and measure one step."""
         module = model
-        if mode in COMPILED:
+        if mode in COMPILED or mode == 'best':
             torch.compiler.reset()  # shapes of other rows would make this one's dynamic
-            module = torch.compile(model, mode=COMPILED[mode])
+            module = torch.compile(model, mode=COMPILED.get(mode))
         elif mode == 'eager':
             model.graphs = CudaGraphs(0)
         step = make_step(model, module, x, dtype, kind)
-        check_step(step, model, entry.shapes(shape.batch, shape.height, shape.width))
+        check_step(step, model, entry.shapes(model, shape.batch, shape.height, shape.width))
 
         def first_steps() -> None:
             for _ in range(CALLS if entry.ours and mode == 'default' else 1):
@@ -193,7 +201,7 @@ class Benchmark:
 
         # With the capture: what a graph has set aside no longer counts as allocated.
         memory = peak_memory(first_steps, self.device)
-        if mode == 'graph':
+        if mode in ('graph', 'best'):
             step = capture(step)
         result = {'status': 'ok', **measure(step, self.device, self.args.seconds)}
         result['images_per_second'] = shape.batch / result['median']
@@ -212,10 +220,12 @@ class Benchmark:
         for other in self.rows:
             peer = MODELS[other['model']]
             same = all(other[key] == row[key] for key in ('shape', 'dtype', 'step'))
-            same = same and other['mode'] == row['mode'].replace('eager', 'default')  # a peer's is eager
+            # Of peers, the default is eager.
+            same = same and (self.args.best or other['mode'] == row['mode'].replace('eager', 'default'))
             fits = not peer.ours and peer.plain == entry.plain and peer.size == entry.size
             if same and fits and other['status'] == 'ok':
-                ratios[peer.name] = other['median'] / row['median']
+                ratio = other['median'] / row['median']
+                ratios[peer.name] = min(ratio, ratios.get(peer.name, ratio))
         return ratios
 
     def show(self, row: dict) -> None:
@@ -263,6 +273,60 @@ def growth(rows: list[dict]) -> dict[str, dict]:
         ratio = last['median'] / last['pixels'] / (first['median'] / first['pixels'])
         result[name] = {'exponent': slope, 'ratio': ratio}
     return result
+
+
+def best_times(rows: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
+    """Seconds an image of each model in its fastest mode, by shape with precision and by step."""
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row['status'] == 'ok':
+            here = times.setdefault((f'{row["shape"]} {row["dtype"]}', row['step']), {})
+            seconds = row['median'] / row['batch']
+            here[row['model']] = min(seconds, here.get(row['model'], seconds))
+    return times
+
+
+def ahead(rows: list[dict]) -> dict[str, list[str]]:
+    """By model of ours, shape and step: the models that are as accurate and faster, each at its best."""
+    result = {}
+    for (shape, step), times in best_times(rows).items():
+        for name in filter(lambda name: MODELS[name].ours, times):
+            result[f'{name} {shape} {step}'] = [
+                other
+                for other, seconds in times.items()
+                if MODELS[other].top1 >= MODELS[name].top1 and seconds < times[name]
+            ]
+    return result
+
+
+def plot_accuracy(rows: list[dict], path: Path) -> None:
+    """Accuracy over the time of an image, each model at its best; higher and further left is better."""
+    import matplotlib
+
+    matplotlib.use('Agg')  # a picture file, so no display is needed
+    from matplotlib import pyplot
+
+    panels = best_times(rows)
+    if not panels:
+        return
+    figure, axes = pyplot.subplots(
+        len(panels), squeeze=False, figsize=(9, 5 * len(panels)), layout='constrained'
+    )
+    for (axis,), ((shape, step), times) in zip(axes, panels.items(), strict=True):
+        for family in dict.fromkeys(MODELS[name].family for name in times):
+            names = [name for name in times if MODELS[name].family == family]
+            x, y = [times[name] * 1e3 for name in names], [MODELS[name].top1 for name in names]
+            is_ours = MODELS[names[0]].ours
+            axis.plot(x, y, 'o-' if is_ours else 's--', lw=2.5 if is_ours else 1, label=family)
+            for name, *place in zip(names, x, y, strict=True):
+                axis.annotate(
+                    name.rpartition('-')[2], place, xytext=(4, 4), textcoords='offset points', fontsize=8
+                )
+        axis.set(title=f'{step}, {shape}', xlabel='ms an image', ylabel='top-1 on ImageNet-1k, %')
+        axis.grid(alpha=0.2)
+        axis.legend(fontsize=8, ncols=2)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def plot(rows: list[dict], path: Path, sweep: bool) -> None:
@@ -347,6 +411,9 @@ def parse_args() -> argparse.Namespace:
         default=[],
         help="also with torch.compile in these modes; 'reduce-overhead' makes CUDA graphs",
     )
+    parser.add_argument(
+        '--best', action='store_true', help='peers also as a CUDA graph, and compiled as a CUDA graph'
+    )
     parser.add_argument('--graph', action='store_true', help='at batch 1 also as a CUDA graph')
     parser.add_argument('--eager', action='store_true', help='ours also without CUDA graphs')
     parser.add_argument('--profile', action='store_true', help='list the kernels by their total time')
@@ -372,8 +439,9 @@ def choose_jobs(args: argparse.Namespace) -> list[tuple[Entry, Shape, str, list[
         raise SetupError('--sweep has shapes of its own: leave out --shapes')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise SetupError('no CUDA device: run this on a machine with one, or give --device cpu --quick')
-    if (args.graph or args.eager) and args.device != 'cuda':
-        raise SetupError(f'--{"graph" if args.graph else "eager"} needs a CUDA device')
+    for option in ('best', 'graph', 'eager'):
+        if getattr(args, option) and args.device != 'cuda':
+            raise SetupError(f'--{option} needs a CUDA device')
     entries = choose(args.models or (QUICK['models'] if args.quick else ['*']))
     defaults = {False: HIERARCHICAL_SHAPES, True: PLAIN_SHAPES}  # by Entry.plain
     if args.sweep:
@@ -422,6 +490,12 @@ def main() -> None:
         print()
         for name, each in benchmark.report['growth'].items():
             print(f'{name}: time grows as pixels ^ {each["exponent"]:.2f}; a pixel {each["ratio"]:.2f} x')
+    if args.best:
+        benchmark.report['ahead'] = ahead(benchmark.rows)
+        print()
+        for name, others in benchmark.report['ahead'].items():
+            print(f'{name}: as accurate and faster: {", ".join(others) or "none"}')
+        plot_accuracy(benchmark.rows, path.with_name('backbone_accuracy.png'))
     benchmark.save(complete=True)
     plot(benchmark.rows, path.with_suffix('.png'), args.sweep)
     print(f'\n{path}\n{path.with_suffix(".png")}')

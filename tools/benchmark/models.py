@@ -3,8 +3,11 @@
 Each is a feature extractor without a classifier. Hierarchical ones return four maps, at strides 4 to 32, as
 a detector takes them; plain ones return the last block's map at stride 16 after the final norm. Ours have
 an output norm a map and copy it to contiguous NCHW; peers' hierarchical maps have neither, in their
-favour. All have stochastic depth in training, and position embeddings and windows made for the image's
-size. timm's transformers use PyTorch's fused attention.
+favour. All but EfficientViT have stochastic depth in training; position embeddings and windows are made for
+the image's size. timm's transformers use PyTorch's fused attention.
+
+A size is that of our model beside which a peer's ratio is shown. Accuracies are top-1 on ImageNet-1k at
+224 x 224 without other labelled data, as each model's authors published them; Hiera's has MAE before.
 """
 
 import fnmatch
@@ -19,7 +22,7 @@ from mmvig.backbones import ViG, ViGH
 from mmvig.engine.preflight import SetupError
 
 DROP_PATH = 0.1
-HIERARCHICAL_STRIDES = (4, 8, 16, 32)
+STRIDES, PLAIN_STRIDE = (4, 8, 16, 32), 16
 SIZES = {'T': 'tiny', 'S': 'small', 'B': 'base'}
 # Sides that every model halves without a remainder, so that all have the same maps.
 SIDE_MULTIPLE = 32
@@ -33,55 +36,68 @@ class Absent(Exception):
 class Entry:
     """A model that can be built for an image size."""
 
-    name: str  # the family's name, a dash, the size's letter
-    ours: bool
-    channels: tuple[int, ...]  # of its maps
-    strides: tuple[int, ...]
+    name: str  # the family's name, a dash, the size's own name
+    size: str  # T, S or B
+    top1: float
+    timm: str | None = None  # its name there; None: ours
+    plain: bool = False  # whether it has one map, at one stride
+    channels_last: bool = True  # weights and images; convolutions are several times slower in NCHW
+    drop_path: bool = True  # whether it takes a rate of stochastic depth
+    sized: bool = False  # whether it is built for an image size
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is of this project."""
+        return self.timm is None
 
     @property
     def family(self) -> str:
-        """ViG-H, ViG, Swin, ConvNeXt or DeiT."""
+        """ViG-H, ViG, Swin, ConvNeXt, DeiT, ..."""
         return self.name.rpartition('-')[0]
 
     @property
-    def size(self) -> str:
-        """T, S or B."""
-        return self.name[-1]
-
-    @property
-    def plain(self) -> bool:
-        """Whether it has one map at one stride."""
-        return len(self.strides) == 1
-
-    @property
     def memory_format(self) -> torch.memory_format:
-        """Layout of weights and images; a ConvNeXt is several times slower in the default one."""
-        return torch.channels_last if self.family == 'ConvNeXt' else torch.contiguous_format
+        """Layout of weights and images."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def shapes(self, batch: int, height: int, width: int) -> list[tuple[int, ...]]:
-        """Shapes of the maps."""
-        pairs = zip(self.channels, self.strides, strict=True)
+    def shapes(self, model: nn.Module, batch: int, height: int, width: int) -> list[tuple[int, ...]]:
+        """Shapes of the maps of the model from :func:`build`."""
+        pairs = zip(model.num_features, [PLAIN_STRIDE] if self.plain else STRIDES, strict=True)
         return [(batch, channels, height // stride, width // stride) for channels, stride in pairs]
 
 
 def _registry() -> dict[str, Entry]:
-    widths = {
-        'Swin': (96, 96, 128),
-        'ConvNeXt': (96, 96, 128),
-        'ViG-H': (96, 96, 128),
-        'DeiT': (192, 384, 768),
-        'ViG': (192, 384, 768),
-    }
-    entries = {}
-    for family, family_widths in widths.items():
-        plain = family in ('ViG', 'DeiT')
-        for size, width in zip(SIZES, family_widths, strict=True):
-            channels = (width,) if plain else tuple(width * 2**i for i in range(4))
-            strides = (16,) if plain else HIERARCHICAL_STRIDES
-            entries[f'{family}-{size}'] = Entry(
-                f'{family}-{size}', family.startswith('ViG'), channels, strides
-            )
-    return entries
+    entries = []
+
+    def add(family: str, names: str, accuracies: Sequence[float], timm: Sequence[str], **options) -> None:
+        sizes = options.pop('sizes', 'TSB')
+        for name, size, top1, each in zip(names.split(), sizes, accuracies, timm, strict=True):
+            entries.append(Entry(f'{family}-{name}', size, top1, each, **options))
+
+    def arches(form: str) -> list[str]:
+        return [form.format(arch) for arch in SIZES.values()]
+
+    windows = {'channels_last': False, 'sized': True}
+    add('ResNet', '50', [80.4], ['resnet50.a1_in1k'], sizes='T')
+    add('Swin', 'T S B', [81.3, 83.0, 83.5], arches('swin_{}_patch4_window7_224'), **windows)
+    add('ConvNeXt', 'T S B', [82.1, 83.1, 83.8], arches('convnext_{}'))
+    add('InceptionNeXt', 'T S B', [82.3, 83.5, 84.0], arches('inception_next_{}'))
+    add('Next-ViT', 'S B L', [82.5, 83.2, 83.6], [f'nextvit_{x}' for x in ('small', 'base', 'large')])
+    add('MambaOut', 'T S B', [82.7, 84.1, 84.2], arches('mambaout_{}'))
+    add('RDNet', 'T S B', [82.8, 83.7, 84.4], arches('rdnet_{}'))
+    add('DaViT', 'T S B', [82.8, 84.2, 84.6], arches('davit_{}'), channels_last=False)
+    add('Hiera', 'T S B', [82.8, 83.8, 84.5], arches('hiera_{}_224'), **windows)
+    add('CAFormer', 'S18', [83.7], ['caformer_s18'], sizes='S')
+    names = ['efficientvit_l1', 'efficientvit_l2']
+    add('EfficientViT', 'L1 L2', [84.5, 85.0], names, sizes='SB', drop_path=False)
+    for family, accuracies, plain in (
+        ('ViG-H', (82.8, 83.8, 84.2), False),
+        ('ViG', (77.2, 81.7, 82.6), True),
+    ):
+        if plain:
+            add('DeiT', 'T S B', [72.2, 79.9, 81.8], arches('deit_{}_patch16_224'), plain=True, **windows)
+        add(family, 'T S B', accuracies, [None] * 3, plain=plain, channels_last=False)
+    return {entry.name: entry for entry in entries}
 
 
 # Peers come before ours, whose rows show ratios to them.
@@ -101,16 +117,23 @@ def choose(patterns: Sequence[str]) -> list[Entry]:
 
 
 class _Maps(nn.Module):
-    """A peer's maps as a tuple in NCHW, from NHWC as views."""
+    """A peer's maps as a tuple in NCHW, from NHWC as views.
 
-    def __init__(self, body: nn.Module, channels_last: bool):
+    Args:
+        body: from an image to its maps.
+        num_features: the maps' channels.
+        nhwc: whether the maps are. Default: they are NCHW.
+    """
+
+    def __init__(self, body: nn.Module, num_features: Sequence[int], nhwc: bool = False):
         super().__init__()
         self.body = body
-        self.channels_last = channels_last
+        self.num_features = num_features
+        self.nhwc = nhwc
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = self.body(x)
-        return tuple(x.permute(0, 3, 1, 2) for x in maps) if self.channels_last else tuple(maps)
+        return tuple(x.permute(0, 3, 1, 2) for x in maps) if self.nhwc else tuple(maps)
 
 
 class _LastMap(nn.Module):
@@ -120,8 +143,8 @@ class _LastMap(nn.Module):
         super().__init__()
         self.body = body
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.body.forward_intermediates(x, indices=1, norm=True, intermediates_only=True))
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.body.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
 
 
 class _Steps(nn.Module):
@@ -131,13 +154,13 @@ class _Steps(nn.Module):
         super().__init__()
         self.features = features
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         maps = []
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i % 2:
                 maps.append(x)
-        return tuple(maps)
+        return maps
 
 
 def build(entry: Entry, height: int, width: int, source: str = 'timm', backend: str = 'auto') -> nn.Module:
@@ -152,40 +175,45 @@ def build(entry: Entry, height: int, width: int, source: str = 'timm', backend: 
     Raises:
         Absent: The peer's source is not installed or does not have it.
     """
-    arch = SIZES[entry.size]
     if entry.ours:
         kind = ViG if entry.plain else ViGH
-        model = kind(arch, drop_path_rate=DROP_PATH, backend=backend)
+        model = kind(SIZES[entry.size], drop_path_rate=DROP_PATH, backend=backend)
     elif importlib.util.find_spec(source) is None:
         raise Absent(f'{source} is not installed')
+    elif source == 'timm':
+        model = _from_timm(entry, height, width)
     else:
-        model = {'timm': _from_timm, 'torchvision': _from_torchvision}[source](entry, arch, height, width)
+        model = _from_torchvision(entry)
     return model.to(memory_format=entry.memory_format)
 
 
-def _from_timm(entry: Entry, arch: str, height: int, width: int) -> nn.Module:
+def _from_timm(entry: Entry, height: int, width: int) -> nn.Module:
     import timm
 
-    size = {'img_size': (height, width)}
-    if entry.family == 'DeiT':
-        body = timm.create_model(
-            f'deit_{arch}_patch16_224', num_classes=0, drop_path_rate=DROP_PATH, **size
-        )
-        return _LastMap(body)
-    swin = entry.family == 'Swin'
-    name = f'swin_{arch}_patch4_window7_224' if swin else f'convnext_{arch}'
-    options = size if swin else {}
-    body = timm.create_model(name, features_only=True, drop_path_rate=DROP_PATH, **options)
-    return _Maps(body, channels_last=swin)
+    if not timm.is_model(entry.timm):
+        raise Absent(f'timm {timm.__version__} has no {entry.timm}')
+    options = {'drop_path_rate': DROP_PATH} if entry.drop_path else {}
+    if entry.sized:
+        options['img_size'] = height, width
+    if entry.plain:
+        body = timm.create_model(entry.timm, num_classes=0, **options)
+        return _Maps(_LastMap(body), [body.num_features])
+    options['features_only'] = True
+    body = timm.create_model(entry.timm, **options)
+    strides = body.feature_info.reduction()
+    if tuple(strides) != STRIDES:  # as of those whose stem has a map too
+        body = timm.create_model(entry.timm, out_indices=[*map(strides.index, STRIDES)], **options)
+    return _Maps(body, body.feature_info.channels(), body.output_fmt.value == 'NHWC')
 
 
-def _from_torchvision(entry: Entry, arch: str, height: int, width: int) -> nn.Module:
+def _from_torchvision(entry: Entry) -> nn.Module:
     from torchvision import models
 
-    if entry.family == 'DeiT':
-        raise Absent('torchvision has no DeiT')
-    swin = entry.family == 'Swin'
-    name = f'swin_{entry.size.lower()}' if swin else f'convnext_{arch}'
+    names = {'Swin': f'swin_{entry.size.lower()}', 'ConvNeXt': f'convnext_{SIZES[entry.size]}'}
+    if entry.family not in names:
+        raise Absent(f'{entry.name} is timed from timm alone')
     # Its rates of stochastic depth are fixed, and cost the same as any other.
-    model = getattr(models, name)()
-    return _Maps(_Steps(model.features), channels_last=swin)
+    model = getattr(models, names[entry.family])()
+    width = 128 if entry.size == 'B' else 96
+    channels = [width * 2**i for i in range(4)]
+    return _Maps(_Steps(model.features), channels, entry.family == 'Swin')
