@@ -119,6 +119,17 @@ def test_plain_vig_next_to_vit(module, monkeypatch, tmp_path):
         backbone.get_layer_depth('pos_embed', '')  # for the config's learning rates
 
 
+def test_segmentors_get_images_of_the_shape(module, monkeypatch, tmp_path):
+    detector = module('detector')
+    options = ['--device', 'cpu', '--peers', 'none', '--shape', '64', '96', '--out', str(tmp_path)]
+    monkeypatch.setattr(sys, 'argv', ['detector.py', str(UPERNET), *options])
+    ((_, cfg, shape),) = detector.choose_models(detector.parse_args())
+    init_default_scope('mmseg')
+    preprocessor = MODELS.build(cfg.model.data_preprocessor)
+    data = preprocessor(detector.random_batch(cfg, 2, shape), training=True)
+    assert data['inputs'].shape == (2, 3, 64, 96)
+
+
 def test_fused_operators(module, monkeypatch, tmp_path):
     fused = module('fused')
     # The interpreter takes milliseconds a program.
@@ -325,6 +336,9 @@ def test_peers_at_their_best(module, monkeypatch, tmp_path):
         benchmark.run(entry, backbone.Shape(1, 32, 32), 'fp32', ['inference'])
     assert [row['mode'] for row in benchmark.rows] == ['default', 'graph', 'best', 'default']
     assert benchmark.rows[-1]['ratios'] == {'Swin-T': 2.0}
+    benchmark.rows[1]['status'] = 'failed'
+    assert benchmark.ratios(entry, benchmark.rows[-1]) == {}
+    benchmark.rows[1]['status'] = 'ok'
     backbone.plot_accuracy(benchmark.rows, tmp_path / 'it.png')
     assert (tmp_path / 'it.png').read_bytes().startswith(b'\x89PNG')
 
@@ -338,7 +352,8 @@ def test_models_that_are_as_accurate_and_faster(module):
         for name, each in times.items()
         for mode, slower in (('default', 4), ('graph', 1))
     ]
-    rows.append({**rows[-1], 'status': 'failed', 'median': 0.0})
+    rows.append({**rows[0], 'model': 'ConvNeXt-B', 'median': 0.1})
+    rows.append({**rows[-1], 'status': 'failed', 'mode': 'best'})
     assert backbone.ahead(rows) == {
         'ViG-H-S 64x64 b2 bf16 inference': ['ViG-H-B', 'EfficientViT-L2'],
         'ViG-H-B 64x64 b2 bf16 inference': ['EfficientViT-L2'],
@@ -360,6 +375,7 @@ def test_peers_maps(module):
     [
         ('backbone', [], 'no CUDA device'),
         ('backbone', ['--device', 'cpu', '--best'], '--best needs a CUDA device'),
+        ('backbone', ['--device', 'cpu', '--best', '--sweep'], 'leave out --sweep'),
         ('backbone', ['--device', 'cpu', '--models', 'Wine-*'], "no model matches 'Wine-*'"),
         ('backbone', ['--device', 'cpu', '--shapes', '100x64 b1'], "multiples of 32, got '100x64 b1'"),
         ('backbone', ['--device', 'cpu', '--shapes', '64 b1'], "expected 'HxW bN'"),

@@ -17,7 +17,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from mmvig.backbones import ViG
+from mmvig.backbones import ViG, mixer
 from mmvig.deploy.check import predict, read_pictures
 from mmvig.deploy.comparison import Detections, compare
 
@@ -137,6 +137,22 @@ def domains(path):
     onnx.checker.check_model(model)
     assert not model.functions
     return {node.domain for node in model.graph.node} | {opset.domain for opset in model.opset_import}
+
+
+def test_random_weights_show_an_error_of_bigla(export, monkeypatch):
+    cfg = Config.fromfile(ROOT / 'configs/classification/vigh_t_in1k.py')
+    cfg.model.backbone.arch = dict(embed_dims=32, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
+    cfg.model.head.in_channels = 256
+    model = export.build(cfg, None, False, onnx=False)
+    images = export.samples(model, (64, 64))
+    good = [export.listed(model(x)) for x in images]
+    found = iter(good)
+    export.check(model, lambda _: next(found), images)
+    real = mixer.bigla_packed  # times -1, since what comes after it is the same for all positive factors
+    monkeypatch.setattr(mixer, 'bigla_packed', lambda *args, **options: -real(*args, **options))
+    found = iter(good)
+    with pytest.raises(export.SetupError, match='nothing was written'):
+        export.check(model, lambda _: next(found), images, 5e-2)
 
 
 def test_backbone_of_four_channels_to_onnx(tool, tmp_path):

@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
         nargs=2,
         type=int,
         metavar=('H', 'W'),
-        help='image size to plan for; default: 512 512 for segmentors, else 224 224',
+        help='image size to plan for; default: 512 512 with mmseg, 480 640 with mmdet, else 224 224',
     )
     parser.add_argument('--batch', type=int, default=2, help='batch to plan for; default: %(default)s')
     return parser.parse_args()
@@ -235,7 +235,9 @@ def main() -> None:
         args = parse_args()
         check_arguments(args)
         cfg = cli.read_config_file(args.config)
-        shape = tuple(args.shape or export_onnx.SHAPES.get(cfg.get('default_scope'), (224, 224)))
+        shape = tuple(
+            args.shape or export_onnx.SHAPES.get(cfg.get('default_scope'), export_onnx.DEFAULT_SHAPE)
+        )
         logging.getLogger('torch._inductor').setLevel(logging.ERROR)
         with said_in_one_line(cfg):
             model = export_onnx.build(cfg, args.checkpoint, args.backbone, onnx=False).to(DEVICE)
@@ -244,7 +246,7 @@ def main() -> None:
             model = Autocast(model, DTYPES[args.dtype])
             check_shape(shape, model.least_side)
             data = package(trace(model, shape, args.batch))
-            images = [x.to(DEVICE) for x in export_onnx.samples(model, shape)]
+            images = [x.to(DEVICE) for x in export_onnx.samples(model, shape, LIMITS[1])]
             found = iter(run_alone(data, images))
             export_onnx.check(model, lambda _: next(found), images, TOLERANCES[args.dtype])
         write_whole(args.out, data)

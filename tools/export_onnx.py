@@ -92,6 +92,18 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def show_all(model: nn.Module) -> None:
+    """Draw backbones' matrices anew, through which an error of any part shows in the outputs.
+
+    Through initial weights BiGLA hardly does.
+    """
+    for backbone in model.modules():
+        if isinstance(backbone, Backbone):
+            for parameter in backbone.parameters():
+                if parameter.ndim > 1:
+                    nn.init.normal_(parameter, std=0.5 * parameter[0].numel() ** -0.5)
+
+
 def build(cfg: Config, checkpoint: str | None, backbone: bool, onnx: bool) -> nn.Module:
     """The model to be exported, in evaluation mode on the CPU: images to a tensor or a tuple of them.
 
@@ -123,6 +135,7 @@ def build(cfg: Config, checkpoint: str | None, backbone: bool, onnx: bool) -> nn
     else:
         MMLogger.get_instance('mmvig.export').setLevel(logging.WARNING)  # a line a parameter otherwise
         model.init_weights()
+        show_all(model)
     model.eval().requires_grad_(False)
     if 'BaseDetector' in kinds:
         from mmvig.deploy.detectors import Detector
@@ -338,17 +351,18 @@ def listed(outputs: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def _sizes(shape: tuple[int, int], least: int) -> list[tuple[int, int]]:
-    """Three sizes to check at, the traced one first; no side is less than the least."""
+def _sizes(shape: tuple[int, int], least: int, most: int | None = None) -> list[tuple[int, int]]:
+    """Three sizes to check at, the traced one first; sides are from the least to the most."""
     height, width = shape
     smaller = max(height // 2 + 1, least), max(width // 3 + 2, least)
-    return [shape, (max(height * 2 // 3, least + 2), max(width * 5 // 4, least + 14)), smaller]
+    wider = max(width * 5 // 4, least + 14)
+    return [shape, (max(height * 2 // 3, least + 2), wider if most is None else min(wider, most)), smaller]
 
 
-def samples(model: nn.Module, shape: tuple[int, int]) -> list[Tensor]:
-    """Images of three sizes to check an export with, those of the traced size first."""
+def samples(model: nn.Module, shape: tuple[int, int], most: int | None = None) -> list[Tensor]:
+    """Images of three sizes to check an export with, the traced one first; sides up to ``most``."""
     generator, channels = torch.Generator().manual_seed(0), input_channels(model)
-    sizes = zip((2, 1, 3), _sizes(shape, least_side(model)), strict=True)
+    sizes = zip((2, 1, 3), _sizes(shape, least_side(model), most), strict=True)
     return [torch.randn(batch, channels, *size, generator=generator) for batch, size in sizes]
 
 

@@ -73,7 +73,9 @@ def main() -> None:
         shapes = [parse_shape(text, {}, 'B,C,H,W') for text in args.shapes]
         cfg = cli.read_config_file(args.config)
         model = export_onnx.build(cfg, None, args.backbone, onnx=False).to('cuda')
-    next(x for x in model.modules() if isinstance(x, Backbone)).graphs = CudaGraphs(0)
+    for module in model.modules():
+        if isinstance(module, Backbone):
+            module.graphs = CudaGraphs(0)
     model = export_aoti.Autocast(model, export_aoti.DTYPES[args.dtype])
     package = torch._inductor.aoti_load_package(args.package)
     report = {**machine('cuda'), 'config': args.config, 'dtype': args.dtype, 'rows': []}

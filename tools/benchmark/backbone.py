@@ -216,7 +216,7 @@ class Benchmark:
         """How many times as fast as its peers of the same size a model of ours is, in this run."""
         if not entry.ours or row['status'] != 'ok':
             return {}
-        ratios = {}
+        ratios, unknown = {}, set()
         for other in self.rows:
             peer = MODELS[other['model']]
             same = all(other[key] == row[key] for key in ('shape', 'dtype', 'step'))
@@ -226,11 +226,13 @@ class Benchmark:
             if same and fits and other['status'] == 'ok':
                 ratio = other['median'] / row['median']
                 ratios[peer.name] = min(ratio, ratios.get(peer.name, ratio))
-        return ratios
+            elif same and fits:  # its fastest mode may be the one that failed
+                unknown.add(peer.name)
+        return {name: ratio for name, ratio in ratios.items() if name not in unknown}
 
     def show(self, row: dict) -> None:
         """Print a row."""
-        head = f'  {row["model"]:11}{row["step"]:10}{row["mode"]:11}{row["dtype"]:5}'
+        head = f'  {row["model"]:16}{row["step"]:10}{row["mode"]:11}{row["dtype"]:5}'
         if row['status'] != 'ok':
             print(f'{head}{": ".join([row["status"], *filter(None, [row.get("reason")])])}', flush=True)
             return
@@ -276,14 +278,19 @@ def growth(rows: list[dict]) -> dict[str, dict]:
 
 
 def best_times(rows: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
-    """Seconds an image of each model in its fastest mode, by shape with precision and by step."""
+    """Seconds an image of each model in its fastest mode, by shape with precision and by step.
+
+    A model of which a mode is missing is left out: that may be its fastest.
+    """
     times: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
-        if row['status'] == 'ok':
-            here = times.setdefault((f'{row["shape"]} {row["dtype"]}', row['step']), {})
-            seconds = row['median'] / row['batch']
-            here[row['model']] = min(seconds, here.get(row['model'], seconds))
-    return times
+        here = times.setdefault((f'{row["shape"]} {row["dtype"]}', row['step']), {})
+        seconds = row['median'] / row['batch'] if row['status'] == 'ok' else -math.inf
+        here[row['model']] = min(seconds, here.get(row['model'], seconds))
+    return {
+        place: {name: seconds for name, seconds in here.items() if seconds > 0}
+        for place, here in times.items()
+    }
 
 
 def ahead(rows: list[dict]) -> dict[str, list[str]]:
@@ -439,6 +446,10 @@ def choose_jobs(args: argparse.Namespace) -> list[tuple[Entry, Shape, str, list[
         raise SetupError('--sweep has shapes of its own: leave out --shapes')
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise SetupError('no CUDA device: run this on a machine with one, or give --device cpu --quick')
+    if args.best and (args.sweep or args.compile or args.graph):
+        raise SetupError(
+            '--best has modes and a picture of its own: leave out --sweep, --compile and --graph'
+        )
     for option in ('best', 'graph', 'eager'):
         if getattr(args, option) and args.device != 'cuda':
             raise SetupError(f'--{option} needs a CUDA device')

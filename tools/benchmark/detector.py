@@ -125,6 +125,8 @@ def fit(model: dict, shape: tuple[int, int]) -> None:
     """Make what a model's config says of image sizes say this one: position embeddings, padding."""
     if 'img_size' in model.backbone:
         model.backbone.img_size = max(shape)
+    if 'size' in model.get('data_preprocessor', {}):  # to which a segmentor pads
+        model.data_preprocessor.size = shape
     for each in model.get('data_preprocessor', {}).get('batch_augments') or []:
         if each.type == 'BatchFixedSizePad':
             each.size = shape
@@ -457,6 +459,8 @@ def choose_models(args: argparse.Namespace) -> list[tuple[str, Config | None, tu
         for peer in args.peers:
             backbone = None if peer == 'none' else peer_backbone(peer, cfg.model.backbone)
             if backbone is None:
+                if peer != 'none':
+                    print(f'{path}: there is no {peer} of the size of its backbone', flush=True)
                 continue
             other = None
             if peer == 'swin' or version('mmpretrain') is not None:
