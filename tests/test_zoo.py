@@ -1,5 +1,6 @@
 """Metafiles, model zoo page and configs say the same, and it is true of the models."""
 
+import json
 import re
 from pathlib import Path
 
@@ -78,6 +79,13 @@ def test_the_page_and_the_metafile_give_the_same_result_to_the_same_people(confi
     address = entry.get('Converted From', {}).get('Weights', '')
     if address.endswith('.pth'):
         expected = f'official, [`{address.rpartition("/")[2]}`]({address})'
+    if 'Training Log' in entry:
+        log = ROOT / entry['Training Log']
+        expected += f', [log]({log.relative_to(ROOT / "docs")})'
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert sum('loss' in line for line in lines) > 1
+        logged = [scale * x for x in lines[-1].values() for scale in (1, 100)]  # APs are parts of 1 there
+        assert all(any(metric == pytest.approx(x, abs=0.06) for x in logged) for metric in metrics)
     assert whose == expected
     assert 'Weights' not in entry, 'there is no file of ours to download'
     metadata = entry['Metadata']
