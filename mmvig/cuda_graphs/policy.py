@@ -17,9 +17,7 @@ from mmvig.ops.torch_private import is_in_backward_pass
 CALLS = 2  # the call with a kind of input that captures: it takes as long as one or two eager ones
 MOST_CALLS = 64  # the same after captures in vain
 WORTH = 8  # replays for which a capture was worth its time
-MOST = (
-    256  # graphs that 'auto' holds: of ViG-H-S, each takes 3 MB of the GPU for itself and 9 MB of the host
-)
+MOST = 256  # graphs that 'auto' holds; one of ViG-H-S takes 3 MB of the GPU besides, and 9 MB of the host
 AGE = 4096  # passes after which earlier ones count half
 TRIAL = 64  # passes after which we ask whether graphs replay most of them
 
