@@ -69,7 +69,9 @@ class Entry:
 def _registry() -> dict[str, Entry]:
     entries = []
 
-    def add(family: str, names: str, accuracies: Sequence[float], timm: Sequence[str], **options) -> None:
+    def add(
+        family: str, names: str, accuracies: Sequence[float], timm: Sequence[str | None], **options
+    ) -> None:
         sizes = options.pop('sizes', 'TSB')
         for name, size, top1, each in zip(names.split(), sizes, accuracies, timm, strict=True):
             entries.append(Entry(f'{family}-{name}', size, top1, each, **options))
@@ -90,13 +92,9 @@ def _registry() -> dict[str, Entry]:
     add('CAFormer', 'S18', [83.6], ['caformer_s18'], sizes='S')
     names = ['efficientvit_l1', 'efficientvit_l2']
     add('EfficientViT', 'L1 L2', [84.5, 85.0], names, sizes='SB', drop_path=False)
-    for family, accuracies, plain in (
-        ('ViG-H', (82.8, 83.8, 84.2), False),
-        ('ViG', (77.2, 81.7, 82.6), True),
-    ):
-        if plain:
-            add('DeiT', 'T S B', [72.2, 79.9, 81.8], arches('deit_{}_patch16_224'), plain=True, **windows)
-        add(family, 'T S B', accuracies, [None] * 3, plain=plain, channels_last=False)
+    add('ViG-H', 'T S B', [82.8, 83.8, 84.2], [None] * 3, channels_last=False)
+    add('DeiT', 'T S B', [72.2, 79.9, 81.8], arches('deit_{}_patch16_224'), plain=True, **windows)
+    add('ViG', 'T S B', [77.2, 81.7, 82.6], [None] * 3, plain=True, channels_last=False)
     return {entry.name: entry for entry in entries}
 
 
