@@ -58,6 +58,23 @@ def unguarded(monkeypatch):
 
 
 @pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Run a tool's ``main()`` in this process: its exit status, lines of output, lines of errors."""
+
+    def run(tool, *arguments):
+        monkeypatch.setattr(sys, 'argv', [Path(tool.__file__).name, *map(str, arguments)])
+        status = 0
+        try:
+            tool.main()
+        except SystemExit as exit_:
+            status = exit_.code
+        said = capsys.readouterr()
+        return status, said.out.splitlines(), said.err.splitlines()
+
+    return run
+
+
+@pytest.fixture
 def load(monkeypatch):
     """Import a tool, as its own folder sees it."""
     before = set(sys.modules)

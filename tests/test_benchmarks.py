@@ -334,7 +334,7 @@ def test_peers_at_their_best(module, monkeypatch, tmp_path):
     benchmark = backbone.Benchmark(args, tmp_path / 'it.json')
     for entry in backbone.choose(['Swin-T', 'ViG-H-T']):
         benchmark.run(entry, backbone.Shape(1, 32, 32), 'fp32', ['inference'])
-    assert [row['mode'] for row in benchmark.rows] == ['default', 'graph', 'best', 'default']
+    assert [row['mode'] for row in benchmark.rows] == ['default', 'graph', 'captured', 'default']
     assert benchmark.rows[-1]['ratios'] == {'Swin-T': 2.0}
     benchmark.rows[1]['status'] = 'failed'
     assert benchmark.ratios(entry, benchmark.rows[-1]) == {}
@@ -353,7 +353,7 @@ def test_models_that_are_as_accurate_and_faster(module):
         for mode, slower in (('default', 4), ('graph', 1))
     ]
     rows.append({**rows[0], 'model': 'ConvNeXt-B', 'median': 0.1})
-    rows.append({**rows[-1], 'status': 'failed', 'mode': 'best'})
+    rows.append({**rows[-1], 'status': 'failed', 'mode': 'captured'})
     assert backbone.ahead(rows) == {
         'ViG-H-S 64x64 b2 bf16 inference': ['ViG-H-B', 'EfficientViT-L2'],
         'ViG-H-B 64x64 b2 bf16 inference': ['EfficientViT-L2'],
@@ -361,7 +361,6 @@ def test_models_that_are_as_accurate_and_faster(module):
 
 
 def test_peers_maps(module):
-    pytest.importorskip('timm')
     models = module('models')
     for name in ('ResNet-50', 'MambaOut-T', 'EfficientViT-L1', 'Hiera-T', 'DeiT-T'):
         entry = models.MODELS[name]

@@ -32,7 +32,7 @@ CONVERT, PUBLISH = 'model_converters/official_to_mmvig.py', 'publish_model.py'
 
 
 @pytest.fixture
-def tool(monkeypatch, capsys, tmp_path):
+def tool(run_main, monkeypatch, tmp_path):
     """Run a tool within this process: (exit status, lines of output, lines of errors)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv('LOCAL_RANK', raising=False)
@@ -42,14 +42,7 @@ def tool(monkeypatch, capsys, tmp_path):
         spec = importlib.util.spec_from_file_location(Path(script).stem, TOOLS / script)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, 'argv', [script, *arguments])
-        status = 0
-        try:
-            module.main()
-        except SystemExit as exit_:
-            status = exit_.code
-        said = capsys.readouterr()
-        return status, said.out.splitlines(), said.err.splitlines()
+        return run_main(module, *arguments)
 
     return run
 

@@ -80,21 +80,15 @@ def demo():
 
 
 @pytest.fixture
-def tool(demo, monkeypatch, capsys, tmp_path):
+def tool(demo, run_main, monkeypatch, tmp_path):
     """Run the tool in an empty folder: (exit status, output, errors)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.getLogger('mmvig'), 'handlers', [])
 
     def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['demo.py', *map(str, arguments), '--device', 'cpu'])
-        status = 0
-        try:
-            demo.main()
-        except SystemExit as exit_:
-            status = exit_.code
-        said = capsys.readouterr()
+        status, said, errors = run_main(demo, *arguments, '--device', 'cpu')
         # OpenCV's decoders may say something of their own.
-        return status, said.out.splitlines(), [x for x in said.err.splitlines() if x.startswith('error: ')]
+        return status, said, [line for line in errors if line.startswith('error: ')]
 
     return run
 

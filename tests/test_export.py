@@ -79,7 +79,7 @@ def quiet(monkeypatch):
 
 
 @pytest.fixture
-def tool(export, monkeypatch, capsys, tmp_path):
+def tool(export, run_main, monkeypatch, tmp_path):
     """Run the tool in an empty folder with a config's text: (exit status, output, errors)."""
     monkeypatch.chdir(tmp_path)
 
@@ -87,14 +87,7 @@ def tool(export, monkeypatch, capsys, tmp_path):
         if isinstance(config, str):
             (tmp_path / 'cfg.py').write_text(config)
             config = 'cfg.py'
-        monkeypatch.setattr(sys, 'argv', ['export_onnx.py', str(config), *map(str, arguments)])
-        status = 0
-        try:
-            export.main()
-        except SystemExit as exit_:
-            status = exit_.code
-        said = capsys.readouterr()
-        return status, said.out.splitlines(), said.err.splitlines()
+        return run_main(export, config, *arguments)
 
     return run
 

@@ -1,7 +1,6 @@
 """Packages of AOTInductor: what is checked before and after they are made, and on a GPU one of them."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,20 +30,13 @@ def export(load):
 
 
 @pytest.fixture
-def tool(export, monkeypatch, capsys, tmp_path):
+def tool(export, run_main, monkeypatch, tmp_path):
     """Run the tool in an empty folder with a config's text: (exit status, output, errors)."""
     monkeypatch.chdir(tmp_path)
 
     def run(config, *arguments):
         Path('cfg.py').write_text(config)
-        monkeypatch.setattr(sys, 'argv', ['export_aoti.py', 'cfg.py', *map(str, arguments)])
-        status = 0
-        try:
-            export.main()
-        except SystemExit as exit_:
-            status = exit_.code
-        said = capsys.readouterr()
-        return status, said.out.splitlines(), said.err.splitlines()
+        return run_main(export, 'cfg.py', *arguments)
 
     return run
 

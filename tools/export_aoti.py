@@ -12,8 +12,8 @@ A package runs where PyTorch of the same version is, without mmvig and OpenMMLab
 Our Triton kernels are in it, compiled for the GPU that the tool runs on. Input and outputs are as of
 tools/export_onnx.py, on the GPU: `images` float32 [batch, channels, height, width], of up to 511 images
 and sides from 33 to 4096. It computes in what --dtype says, as PyTorch's autocast does; outputs come in
-the dtype that the model gives them in. It is right at all sizes; how kernels are launched is planned for
-that of --shape and --batch.
+the dtype that the model gives them in. How kernels are launched is planned for the
+size of --shape and --batch, and holds for the others.
 
 The C++ compiler must link the C++ library dynamically; CXX names another than g++. Before a package is
 written, it runs in a process of its own at three sizes, of which it was traced at one, and must give what

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
 
 from mmvig.backbones.base import Backbone
-from mmvig.backbones.layers import use_any_device
+from mmvig.backbones.layers import randomise, use_any_device
 from mmvig.engine import cli
 from mmvig.engine.errors import said_in_one_line
 from mmvig.engine.files import write_whole
@@ -92,18 +92,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show_all(model: nn.Module) -> None:
-    """Draw backbones' matrices anew, through which an error of any part shows in the outputs.
-
-    Through initial weights BiGLA hardly does.
-    """
-    for backbone in model.modules():
-        if isinstance(backbone, Backbone):
-            for parameter in backbone.parameters():
-                if parameter.ndim > 1:
-                    nn.init.normal_(parameter, std=0.5 * parameter[0].numel() ** -0.5)
-
-
 def build(cfg: Config, checkpoint: str | None, backbone: bool, onnx: bool) -> nn.Module:
     """The model to be exported, in evaluation mode on the CPU: images to a tensor or a tuple of them.
 
@@ -135,7 +123,9 @@ def build(cfg: Config, checkpoint: str | None, backbone: bool, onnx: bool) -> nn
     else:
         MMLogger.get_instance('mmvig.export').setLevel(logging.WARNING)  # a line a parameter otherwise
         model.init_weights()
-        show_all(model)
+        for backbone in model.modules():
+            if isinstance(backbone, Backbone):
+                randomise(backbone)
     model.eval().requires_grad_(False)
     if 'BaseDetector' in kinds:
         from mmvig.deploy.detectors import Detector

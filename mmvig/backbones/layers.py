@@ -34,6 +34,16 @@ def use_any_device(model: nn.Module) -> None:
             module.backend = 'auto'
 
 
+def randomise(model: nn.Module) -> None:
+    """Draw matrices and kernels anew, so that an error in any part of a model shows in its outputs.
+
+    Through initial weights BiGLA hardly reaches them.
+    """
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.5 * parameter[0].numel() ** -0.5)
+
+
 def is_plain_projection(module: nn.Module) -> bool:
     """Whether a module is a linear layer without bias and nothing else."""
     return is_plain(module, nn.Linear) and module.bias is None

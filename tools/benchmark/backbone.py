@@ -17,7 +17,8 @@ finite maps and gradients. Otherwise no time is reported. `models.py` says what 
 Times are medians, with the 10th and 90th percentile, of calls one after the other; "latency" waits for each
 call, "host" is the part of it until the call returns. "1.20 x Swin-T" is 1.20 times as fast as Swin-T.
 Ours are as they come, so with CUDA graphs from the second call on; "eager" is without (cuda_graphs=0).
-With --best, peers are timed eagerly, as a CUDA graph, and through torch.compile as a CUDA graph ("best"),
+With --best, peers are timed eagerly, as a CUDA graph, and through torch.compile as a CUDA graph
+("captured"),
 and ratios are to the fastest of the three. At the end stand the models that are as accurate as one of ours
 and faster, and accuracy over time is drawn.
 
@@ -57,7 +58,7 @@ SWEEP_SIDES = (224, 512, 1024, 1536, 2048, 3072, 4096)
 SWEEP_PIXELS = 2 * 2048**2  # in a batch, so that small images fill the device as well
 STEPS = ('inference', 'training')
 COMPILED = {'compiled': 'default', 'comp+graph': 'reduce-overhead'}  # a row's mode, torch.compile's
-BEST = ('default', 'graph', 'best')  # modes of peers with --best; the last is compiled, then captured
+BEST = ('default', 'graph', 'captured')  # modes of peers with --best; the last is compiled, then a graph
 PROFILE_LINES = 14
 KEPT_KERNELS = 60
 
@@ -155,7 +156,7 @@ class Benchmark:
         release(self.device)
 
     def modes(self, entry: Entry, kind: str, shape: Shape) -> list[str]:
-        """How a step is run: 'default', 'eager', one of COMPILED's, 'graph', 'best'."""
+        """How a step is run: 'default', 'eager', one of COMPILED's, 'graph', 'captured'."""
         if self.args.best and not entry.ours:
             return list(BEST)
         graph = self.args.graph and kind == 'inference' and shape.batch == 1
@@ -187,7 +188,7 @@ class Benchmark:
     ) -> dict:
         """Check and measure one step."""
         module = model
-        if mode in COMPILED or mode == 'best':
+        if mode in COMPILED or mode == 'captured':
             torch.compiler.reset()  # shapes of other rows would make this one's dynamic
             module = torch.compile(model, mode=COMPILED.get(mode))
         elif mode == 'eager':
@@ -201,7 +202,7 @@ class Benchmark:
 
         # With the capture: what a graph has set aside no longer counts as allocated.
         memory = peak_memory(first_steps, self.device)
-        if mode in ('graph', 'best'):
+        if mode in ('graph', 'captured'):
             step = capture(step)
         result = {'status': 'ok', **measure(step, self.device, self.args.seconds)}
         result['images_per_second'] = shape.batch / result['median']
@@ -216,19 +217,16 @@ class Benchmark:
         """How many times as fast as its peers of the same size a model of ours is, in this run."""
         if not entry.ours or row['status'] != 'ok':
             return {}
-        ratios, unknown = {}, set()
-        for other in self.rows:
-            peer = MODELS[other['model']]
-            same = all(other[key] == row[key] for key in ('shape', 'dtype', 'step'))
-            # Of peers, the default is eager.
-            same = same and (self.args.best or other['mode'] == row['mode'].replace('eager', 'default'))
-            fits = not peer.ours and peer.plain == entry.plain and peer.size == entry.size
-            if same and fits and other['status'] == 'ok':
-                ratio = other['median'] / row['median']
-                ratios[peer.name] = min(ratio, ratios.get(peer.name, ratio))
-            elif same and fits:  # its fastest mode may be the one that failed
-                unknown.add(peer.name)
-        return {name: ratio for name, ratio in ratios.items() if name not in unknown}
+        place = f'{row["shape"]} {row["dtype"]}', row['step']
+        # Of peers, the default is eager.
+        modes = BEST if self.args.best else (row['mode'].replace('eager', 'default'),)
+        times = best_times([other for other in self.rows if other['mode'] in modes]).get(place, {})
+        peers = [MODELS[name] for name in times]
+        return {
+            peer.name: times[peer.name] * row['batch'] / row['median']
+            for peer in peers
+            if not peer.ours and peer.plain == entry.plain and peer.size == entry.size
+        }
 
     def show(self, row: dict) -> None:
         """Print a row."""
@@ -282,14 +280,17 @@ def best_times(rows: list[dict]) -> dict[tuple[str, str], dict[str, float]]:
 
     A model of which a mode is missing is left out: that may be its fastest.
     """
-    times: dict[tuple[str, str], dict[str, float]] = {}
+    found: dict[tuple[str, str], dict[str, list[dict]]] = {}
     for row in rows:
-        here = times.setdefault((f'{row["shape"]} {row["dtype"]}', row['step']), {})
-        seconds = row['median'] / row['batch'] if row['status'] == 'ok' else -math.inf
-        here[row['model']] = min(seconds, here.get(row['model'], seconds))
+        place = f'{row["shape"]} {row["dtype"]}', row['step']
+        found.setdefault(place, {}).setdefault(row['model'], []).append(row)
     return {
-        place: {name: seconds for name, seconds in here.items() if seconds > 0}
-        for place, here in times.items()
+        place: {
+            name: min(row['median'] / row['batch'] for row in own)
+            for name, own in models.items()
+            if all(row['status'] == 'ok' for row in own)
+        }
+        for place, models in found.items()
     }
 
 
@@ -301,7 +302,9 @@ def ahead(rows: list[dict]) -> dict[str, list[str]]:
             result[f'{name} {shape} {step}'] = [
                 other
                 for other, seconds in times.items()
-                if MODELS[other].top1 >= MODELS[name].top1 and seconds < times[name]
+                if MODELS[other].plain == MODELS[name].plain
+                and MODELS[other].top1 >= MODELS[name].top1
+                and seconds < times[name]
             ]
     return result
 

@@ -121,7 +121,7 @@ def _scales(node) -> Iterator[tuple[int, int]]:
             yield from _scales(value)
 
 
-def fit(model: dict, shape: tuple[int, int]) -> None:
+def set_image_size(model: dict, shape: tuple[int, int]) -> None:
     """Make what a model's config says of image sizes say this one: position embeddings, padding."""
     if 'img_size' in model.backbone:
         model.backbone.img_size = max(shape)
@@ -453,7 +453,7 @@ def choose_models(args: argparse.Namespace) -> list[tuple[str, Config | None, tu
         if version(cfg.default_scope) is None:
             raise SetupError(f'{path} needs {cfg.default_scope}, which is not installed')
         shape = image_shape(cfg, args.shape)
-        fit(cfg.model, shape)
+        set_image_size(cfg.model, shape)
         name = Path(path).stem
         models.append((name, cfg, shape))
         for peer in args.peers:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from mmvig.backbones.layers import randomise
+
 # Error allowed in any case, relative to the largest value: what a few roundings make of it.
 TOLERANCE = {'bf16': 1e-2, 'fp16': 2e-3, 'fp32': 1e-4}
 # Gradients at the maps: small enough for fp16 without a loss scale.
 GRADIENT_SCALE = 1e-2
 PROFILED_STEPS = 3
-# Weights' standard deviation in a check, times the root of the fan-in.
-CHECK_GAIN = 0.5
 
 
 class Wrong(Exception):
@@ -91,9 +91,7 @@ def check_ours(entry: Entry, dtype: str, device: str, backend: str = 'auto') -> 
     """
     torch.manual_seed(0)
     fast = build(entry, 64, 96, backend=backend).to(device).eval()
-    for parameter in fast.parameters():
-        if parameter.ndim > 1:  # initial weights let BiGLA through so weakly that no error would show
-            nn.init.normal_(parameter, std=CHECK_GAIN * parameter[0].numel() ** -0.5)
+    randomise(fast)
     plain = build(entry, 64, 96, backend='chunked').to(device).eval()
     plain.load_state_dict(fast.state_dict())
     x = torch.randn(2, 3, 64, 96, device=device)
